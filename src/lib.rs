@@ -1,0 +1,8 @@
+//! broadcastd: a broadcast ("message to every user of an app") system for teams that already run a backend.
+//!
+//! The path of one broadcast, by folder: `worker` (or `api`) takes the request in, `ledger` decides and publishes it in one
+//! step, `node` delivers it to the devices. `broadcast` holds the rules, and does no I/O. See ARCHITECTURE.md.
+
+pub mod broadcast;
+pub mod ledger;
+pub mod metrics;
