@@ -3,6 +3,9 @@
 //! The path of one broadcast, by folder: `worker` (or `api`) takes the request in, `ledger` decides and publishes it in one
 //! step, `node` delivers it to the devices. `broadcast` holds the rules, and does no I/O. See ARCHITECTURE.md.
 
+pub mod amqp;
+pub mod backoff;
 pub mod broadcast;
 pub mod ledger;
 pub mod metrics;
+pub mod worker;
