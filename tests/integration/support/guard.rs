@@ -33,6 +33,8 @@ const WAIT_THEN_RUN: &str = r#"read -r go || exit 1; exec "$@" </dev/null"#;
 
 struct Warden {
     orders: Mutex<ChildStdin>,
+    // Kept, never waited for: it outlives this process.
+    _process: Child,
     folder: PathBuf,
 }
 
@@ -48,7 +50,7 @@ static WARDEN_PROCESS: LazyLock<Warden> = LazyLock::new(|| {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    Warden { orders: Mutex::new(warden.stdin.take().unwrap()), folder }
+    Warden { orders: Mutex::new(warden.stdin.take().unwrap()), _process: warden, folder }
 });
 
 fn order(word: &str, group: u32) {
