@@ -5,4 +5,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
+mod cluster;
+mod drain;
+mod end_to_end;
+mod faults;
+mod requests;
+mod retained;
+mod settings;
+mod standalone;
 mod support;
