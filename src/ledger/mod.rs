@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use serde::Deserialize;
 use tokio::sync::{mpsc, watch};
 
 use crate::broadcast::BroadcastId;
@@ -18,6 +19,16 @@ use crate::broadcast::app::AppKey;
 use crate::broadcast::envelope::Envelope;
 use crate::broadcast::request::Submission;
 use crate::broadcast::verdict::Decision;
+
+/// How much the ledger keeps of each app: section `[ledger]`.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LedgerSettings {
+    /// How many entries the log has at the most; a node further behind than that recovers only what is retained.
+    pub log_length: u64,
+    /// How long an entry stays in the log at the most, in hours.
+    pub log_hours: u64,
+}
 
 /// Why the ledger gave no answer. None of these says that nothing happened: an operation is repeated as it was, and finds
 /// its own result.
