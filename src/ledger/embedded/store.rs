@@ -76,15 +76,39 @@ impl OpenError {
 /// Opens a file, made if it is not there.
 pub(super) fn file_opener(path: PathBuf) -> Opener {
     Box::new(move || {
-        let new = !path.exists();
-        let database = Builder::new().set_cache_size(CACHE_BYTES).create(&path)?;
-        if new {
-            // A new file's name is durable only when its folder is.
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            std::fs::File::open(folder).and_then(|folder| folder.sync_all())?;
+        if !path.exists() {
+            create(&path)?;
         }
-        Ok(database)
+        open(&path)
     })
+}
+
+fn open(path: &Path) -> Result<Database, DatabaseError> {
+    Builder::new().set_cache_size(CACHE_BYTES).create(path)
+}
+
+/// Makes the file under another name first: one that was only half made when its process was killed could not be opened.
+fn create(path: &Path) -> Result<(), DatabaseError> {
+    let mut draft = path.as_os_str().to_owned();
+    draft.push(".new");
+    let draft = Path::new(&draft);
+    let made = match open(draft) {
+        // Half made: its process is gone, or the file would be locked.
+        Err(DatabaseError::Storage(redb::StorageError::Io(error))) if error.kind() == ErrorKind::InvalidData => {
+            std::fs::remove_file(draft)?;
+            open(draft)
+        }
+        made => made,
+    };
+    made?.close()?;
+    // Unlike a rename, a link never replaces what another process has made meanwhile.
+    match std::fs::hard_link(draft, path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => std::fs::rename(draft, path)?,
+        _ => std::fs::remove_file(draft)?,
+    }
+    // A name is durable only when its folder is.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(std::fs::File::open(folder)?.sync_all()?)
 }
 
 /// Opens memory, once: opened again it would be empty, and pretend that nothing had been accepted.

@@ -9,6 +9,9 @@ use redb::{Builder, StorageBackend};
 use super::support::SETTINGS;
 use super::{Clock, EmbeddedLedger, OpenError, Path};
 
+/// How many calls had been answered, and what a crash would have left.
+type Image = (usize, Vec<u8>);
+
 #[derive(Debug, Clone, Default)]
 pub struct Disk {
     bytes: Arc<Mutex<Bytes>>,
@@ -23,10 +26,10 @@ pub struct Disk {
     held: Arc<(Mutex<bool>, Condvar)>,
     /// Whether crash images are taken.
     pub record: Arc<AtomicBool>,
-    /// How many calls had been answered; stored with every image.
+    /// How many calls had been answered.
     pub answered: Arc<AtomicUsize>,
     /// What a crash would have left, at every write: with the page cache (a killed process), and without (a lost machine).
-    pub images: Arc<Mutex<Vec<(usize, Vec<u8>)>>>,
+    pub images: Arc<Mutex<Vec<Image>>>,
 }
 
 #[derive(Debug, Default)]
@@ -65,7 +68,12 @@ impl Disk {
         change(&mut bytes);
         if self.record.load(Ordering::SeqCst) {
             let answered = self.answered.load(Ordering::SeqCst);
-            self.images.lock().unwrap().extend([(answered, bytes.written.clone()), (answered, bytes.flushed.clone())]);
+            let mut images = self.images.lock().unwrap();
+            for image in [(answered, &bytes.written), (answered, &bytes.flushed)] {
+                if !images.iter().rev().take(4).any(|(known, bytes)| (*known, bytes) == image) {
+                    images.push((image.0, image.1.clone()));
+                }
+            }
         }
         Ok(())
     }
