@@ -3,9 +3,13 @@
 //! The path of one broadcast, by folder: `worker` (or `api`) takes the request in, `ledger` decides and publishes it in one
 //! step, `node` delivers it to the devices. `broadcast` holds the rules, and does no I/O. See ARCHITECTURE.md.
 
+pub mod admin;
 pub mod amqp;
+pub mod api;
 pub mod backoff;
 pub mod broadcast;
+pub mod command;
 pub mod ledger;
 pub mod metrics;
+pub mod telemetry;
 pub mod worker;

@@ -1,0 +1,88 @@
+//! The calls about broadcasts that exist: one, a page of them, and deletion.
+
+use std::future::Future;
+
+use serde_json::{Value, json};
+
+use super::Api;
+use super::form::Form;
+use super::nim::Answer;
+use crate::broadcast::app::App;
+use crate::broadcast::envelope;
+use crate::broadcast::verdict::{Rejection, code};
+use crate::broadcast::{BroadcastId, MAX_ID};
+use crate::ledger::{Kind, LedgerError};
+
+/// The most that one page has, and the default.
+const MAX_PAGE: usize = 100;
+
+pub(super) async fn query_by_id(api: &Api, app: &App, mut form: Form) -> Result<Answer, Answer> {
+    let id = broadcast_id(&mut form)?;
+    let found = api.ask(app, api.ledger.find(&app.key, id)).await?;
+    found.as_ref().and_then(envelope::history).map(|msg| ok("msg", msg)).ok_or_else(not_found)
+}
+
+/// `broadcastId`: the listing continues strictly below it, 0 (the default) starts at the newest.
+pub(super) async fn query(api: &Api, app: &App, mut form: Form) -> Result<Answer, Answer> {
+    let before = match form.take_number("broadcastId")? {
+        None => 0,
+        Some(id) => BroadcastId::try_from(id)
+            .ok()
+            .filter(|id| *id <= MAX_ID)
+            .ok_or_else(|| Rejection::bad("bad_id", "broadcastId is 0 or the id of a broadcast"))?,
+    };
+    let limit = match form.take_number("limit")? {
+        None => MAX_PAGE,
+        Some(limit) => usize::try_from(limit)
+            .ok()
+            .filter(|limit| (1..=MAX_PAGE).contains(limit))
+            .ok_or_else(|| Rejection::bad("bad_limit", format!("limit is from 1 to {MAX_PAGE}")))?,
+    };
+    let kind = match form.take_number("type")? {
+        None | Some(1) => Kind::All,
+        Some(2) => Kind::Retained,
+        Some(3) => Kind::OnlineOnly,
+        Some(_) => return Err(Rejection::bad("bad_type", "type is 1 (all), 2 (retained) or 3 (not retained)").into()),
+    };
+    let list = api.ask(app, api.ledger.list(&app.key, before, limit, kind)).await?;
+    // The official SDKs read the array `msgs` beside `code`, not inside `msg`.
+    Ok(ok("msgs", list.iter().filter_map(envelope::history).collect()))
+}
+
+pub(super) async fn delete(api: &Api, app: &App, mut form: Form) -> Result<Answer, Answer> {
+    let id = broadcast_id(&mut form)?;
+    let recalled = api.ask(app, api.ledger.recall(&app.key, id)).await?.ok_or_else(not_found)?;
+    tracing::info!(app = %app.key, broadcast_id = id, recall_id = recalled.recall_id, targeted = recalled.targeted,
+        reached = recalled.reached, "broadcast recalled");
+    Ok(Answer { code: code::OK, json: json!({ "code": code::OK }) })
+}
+
+impl Api {
+    /// Waits for the ledger, no longer than for a reply. All of these calls may be repeated.
+    async fn ask<T>(&self, app: &App, answer: impl Future<Output = Result<T, LedgerError>>) -> Result<T, Answer> {
+        let problem = match tokio::time::timeout(self.settings.reply_timeout(), answer).await {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => error,
+            Err(_) => LedgerError::Unavailable("no answer in time".to_owned()),
+        };
+        tracing::warn!(app = %app.key, %problem, "a history call had no answer from the ledger");
+        Err(match problem {
+            LedgerError::Unavailable(_) => Answer::error(code::BUSY, "the ledger is unavailable; try again later"),
+            LedgerError::Corrupt(_) => Answer::error(code::UNKNOWN, "the ledger holds something unreadable"),
+        })
+    }
+}
+
+fn broadcast_id(form: &mut Form) -> Result<BroadcastId, Rejection> {
+    let id = form.take_number("broadcastId")?.and_then(|id| BroadcastId::try_from(id).ok());
+    id.filter(|id| (1..=MAX_ID).contains(id))
+        .ok_or_else(|| Rejection::bad("bad_id", "broadcastId is the id of a broadcast"))
+}
+
+fn ok(name: &'static str, value: Value) -> Answer {
+    Answer { code: code::OK, json: json!({ "code": code::OK, name: value }) }
+}
+
+fn not_found() -> Answer {
+    Answer::error(code::NOT_FOUND, "there is no such broadcast: it was deleted, has expired or never was")
+}

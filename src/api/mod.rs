@@ -1,0 +1,92 @@
+//! HTTP in: the NIM-compatible server API, and the console page.
+//!
+//! The path of a call: [`serve`] (connection) → [`nim`] (which call, its parameters) → [`signature`] (who) → [`submit`]
+//! (to the worker over AMQP, or straight to the ledger) or the ledger (queries, deletion).
+
+pub mod amqp;
+mod body;
+mod console;
+pub mod form;
+mod history;
+pub mod nim;
+pub mod serve;
+pub mod signature;
+pub mod submit;
+#[cfg(test)]
+mod testing;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::routing::{any, get, post};
+use tokio::sync::Semaphore;
+
+use crate::broadcast::app::Directory;
+use crate::ledger::Ledger;
+use crate::metrics::Metrics;
+use signature::Replays;
+use submit::Submitter;
+
+/// Section `[api]`.
+#[derive(Debug, Clone, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApiSettings {
+    /// How long a call waits for the verdict, in milliseconds; then it answers that the outcome is unknown.
+    pub reply_timeout_ms: u64,
+    /// Calls under way at once; a further one is answered 503 at once, it does not wait.
+    pub max_in_flight: usize,
+    /// The largest body that is read, in bytes.
+    pub max_body_bytes: usize,
+    /// How far `CurTime` may be from this server's clock, in seconds, either way.
+    pub checksum_window_seconds: u64,
+}
+
+impl ApiSettings {
+    /// [`ApiSettings::reply_timeout_ms`] as a duration.
+    #[must_use]
+    pub const fn reply_timeout(&self) -> Duration {
+        Duration::from_millis(self.reply_timeout_ms)
+    }
+}
+
+/// What the calls need.
+pub struct Api {
+    settings: ApiSettings,
+    directory: Directory,
+    ledger: Arc<dyn Ledger>,
+    submitter: Submitter,
+    metrics: Metrics,
+    /// One permit a call under way; none left is answered 503.
+    in_flight: Arc<Semaphore>,
+    /// A std Mutex, not tokio's: never held across an await.
+    replays: Mutex<Replays>,
+}
+
+impl Api {
+    /// Puts the parts together. `ledger`: for the queries and the deletion; sending goes through `submitter`.
+    #[must_use]
+    pub fn new(
+        settings: ApiSettings,
+        directory: Directory,
+        ledger: Arc<dyn Ledger>,
+        submitter: Submitter,
+        metrics: Metrics,
+    ) -> Self {
+        let in_flight = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
+        Self { settings, directory, ledger, submitter, metrics, in_flight, replays: Mutex::default() }
+    }
+}
+
+/// The routes: the calls under `/nimserver`, and the console at `/`. Serve it with [`serve::serve`] or
+/// [`serve::serve_handed_over`].
+pub fn router(api: Arc<Api>) -> Router {
+    let mut router = Router::new().route("/", get(console::page)).route(nim::LIVENESS, any(nim::liveness));
+    for call in nim::Call::ALL {
+        let handler = move |state: axum::extract::State<Arc<Api>>, request: axum::extract::Request| {
+            nim::call(state, call, request)
+        };
+        router = router.route(call.path(), post(handler).fallback(nim::not_post));
+    }
+    router.route("/nimserver/{*path}", any(nim::no_such_call)).with_state(api)
+}

@@ -1,0 +1,83 @@
+//! Logs, to stderr: one line an event, readable in a terminal, JSON for machines.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+/// Section `[log]`.
+#[derive(Debug, Clone, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogSettings {
+    /// A level (`error`, `warn`, `info`, `debug`, `trace`), or directives such as `info,broadcastd::node=debug`.
+    pub level: String,
+    /// How a line looks.
+    pub format: LogFormat,
+}
+
+/// How a log line looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Text if stderr is a terminal, else JSON.
+    Auto,
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    Text,
+}
+
+/// Why logging could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The level is not a filter.
+    #[error("log.level is not a level or a list of directives: {0}")]
+    Level(#[from] tracing_subscriber::filter::ParseError),
+    /// Logging was started before.
+    #[error("logging is started already: {0}")]
+    Started(#[from] tracing_subscriber::util::TryInitError),
+}
+
+/// Starts logging; once a process.
+///
+/// # Errors
+/// [`TelemetryError`].
+pub fn init(settings: &LogSettings) -> Result<(), TelemetryError> {
+    use tracing_subscriber::util::SubscriberInitExt;
+    let terminal = std::io::stderr().is_terminal();
+    let json = match settings.format {
+        LogFormat::Auto => !terminal,
+        LogFormat::Json => true,
+        LogFormat::Text => false,
+    };
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter(&settings.level)?)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal);
+    if json {
+        builder.json().flatten_event(true).with_current_span(false).with_span_list(false).finish().try_init()?;
+    } else {
+        builder.finish().try_init()?;
+    }
+    Ok(())
+}
+
+fn filter(level: &str) -> Result<EnvFilter, tracing_subscriber::filter::ParseError> {
+    let mut filter = EnvFilter::try_new(level)?;
+    // lapin warns of each returned message with the message in it; bodies are never logged. Whoever names lapin decides.
+    if !level.contains("lapin") {
+        filter = filter.add_directive("lapin=error".parse()?);
+    }
+    Ok(filter)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_checked_and_lapin_is_kept_quiet() {
+        assert!(filter("broadcastd=nonsense").is_err());
+        assert!(filter("info").unwrap().to_string().contains("lapin=error"));
+        assert!(!filter("info,lapin=trace").unwrap().to_string().contains("lapin=error"));
+    }
+}
