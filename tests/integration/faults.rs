@@ -251,6 +251,7 @@ async fn rabbitmq_restarted_under_load_loses_nothing() {
     let mut device = Device::online(&app, "web", &node.device_url()).await;
     let amqp = stack.amqp().await;
     let requests = requests(&app, 200);
+    rabbitmq.settle_new_queues();
     worker.pause();
     ask_all(&amqp, &requests).await;
     worker.resume();
