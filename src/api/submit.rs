@@ -32,6 +32,7 @@ pub enum Outcome {
 }
 
 /// The two ways.
+#[allow(clippy::large_enum_variant, reason = "there is one in a process")]
 pub enum Submitter {
     /// To a worker.
     Amqp(AmqpSubmitter),
