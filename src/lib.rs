@@ -6,8 +6,10 @@
 pub mod admin;
 pub mod amqp;
 pub mod api;
+pub mod backoff;
 pub mod broadcast;
 pub mod command;
 pub mod ledger;
 pub mod metrics;
 pub mod telemetry;
+pub mod worker;

@@ -303,7 +303,7 @@ async fn supervise(
                 let _ = timeout(Duration::from_secs(1), connection.close(200, "rebuilding".into())).await;
                 problem
             }
-            Ok(Err(error)) => describe(&error),
+            Ok(Err(problem)) => problem,
             Err(_) => "it did not answer in time".to_owned(),
         };
         tracing::warn!(problem, "the message broker is unavailable; connecting again");
@@ -316,8 +316,15 @@ async fn supervise(
     }
 }
 
-async fn build(settings: &AmqpSettings) -> Result<(Connection, Link, Consumer), lapin::Error> {
+async fn build(settings: &AmqpSettings) -> Result<(Connection, Link, Consumer), String> {
     let connection = connect(settings, "broadcastd api").await?;
+    prepare(settings, connection).await.map_err(|error| describe(&error))
+}
+
+async fn prepare(
+    settings: &AmqpSettings,
+    connection: Connection,
+) -> Result<(Connection, Link, Consumer), lapin::Error> {
     let channel = connection.create_channel().await?;
     // Passive: the workers declare the topology; without the exchange every publish would close the channel.
     let passive = ExchangeDeclareOptions { passive: true, durable: true, ..Default::default() };

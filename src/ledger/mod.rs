@@ -19,6 +19,16 @@ use crate::broadcast::envelope::Envelope;
 use crate::broadcast::request::Submission;
 use crate::broadcast::verdict::Decision;
 
+/// Section `[ledger]`: how much history an app keeps.
+#[derive(Debug, Clone, Copy, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LedgerSettings {
+    /// The newest entries of the log that are kept, at least this many (Redis trims in steps of up to 100).
+    pub log_length: u64,
+    /// How long an app's log is kept after its last entry, in hours.
+    pub log_hours: u64,
+}
+
 /// Why the ledger gave no answer. None of these says that nothing happened: an operation is repeated as it was, and finds
 /// its own result.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -1,1 +1,432 @@
-//! The Redis ledger.
+//! The Redis ledger: one script a decision, on one hash slot an app, on a single server, behind Sentinel, or in a cluster.
+
+mod connect;
+mod feed;
+mod keys;
+mod link;
+mod scripts;
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, join_all};
+use redis::{Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKind, Value};
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use connect::{Mode, RedisSettings};
+
+use self::connect::{Connection, describe};
+use self::feed::{Change, Subscription};
+use self::keys::Keys;
+use self::link::{Link, Live};
+use self::scripts::{Scripts, Source};
+use super::{Answer, Feed, Kind, Ledger, LedgerError, LedgerSettings, NodeName, Recalled, Renewal, Snapshot, Stored};
+use crate::broadcast::BroadcastId;
+use crate::broadcast::app::AppKey;
+use crate::broadcast::envelope::{Content, Envelope, tail};
+use crate::broadcast::request::Submission;
+use crate::broadcast::verdict::{Accepted, Decision, Limit, Refusal};
+
+/// How many entries of the log a node is given when it joins without a position: enough for its recent window.
+const JOIN_LOG: u32 = 1000;
+/// How many subscription changes may wait; more wait in their callers.
+const CHANGES: usize = 1024;
+
+/// See the module.
+pub struct RedisLedger {
+    settings: RedisSettings,
+    ledger: LedgerSettings,
+    keys: Keys,
+    scripts: Scripts,
+    link: Link,
+    health: watch::Receiver<Result<(), String>>,
+    changes: Mutex<Option<mpsc::Sender<Change>>>,
+}
+
+impl RedisLedger {
+    /// Starts connecting in the background; calls answer `Unavailable` until it is done.
+    #[must_use]
+    pub fn start(settings: RedisSettings, ledger: LedgerSettings) -> Self {
+        let (health_sender, health) = watch::channel(Err("not connected yet".to_owned()));
+        Self {
+            keys: Keys::new(&settings.key_prefix),
+            scripts: Scripts::new(settings.test_clock_key.as_deref()),
+            link: Link::start(settings.clone(), health_sender),
+            settings,
+            ledger,
+            health,
+            changes: Mutex::new(None),
+        }
+    }
+
+    fn publish_command(&self) -> &'static str {
+        if self.settings.mode == Mode::Cluster { "SPUBLISH" } else { "PUBLISH" }
+    }
+
+    fn log_ms(&self) -> u64 {
+        self.ledger.log_hours * 3_600_000
+    }
+
+    fn accept_command(&self, submission: &Submission, generation: &str, name: (&str, &str)) -> Cmd {
+        let request = &submission.request;
+        let app = &request.app;
+        let mut command = redis::cmd(name.0);
+        command
+            .arg(name.1)
+            .arg(7)
+            .arg(self.keys.meta(app))
+            .arg(self.keys.rate_minute(app))
+            .arg(self.keys.rate_day(app))
+            .arg(self.keys.request(app, &request.id))
+            .arg(self.keys.retained(app))
+            .arg(self.keys.log(app))
+            .arg(self.keys.nodes(app))
+            .arg(generation)
+            .arg(request.content_hash())
+            .arg(request.dedupe_ms)
+            .arg(submission.limits.per_minute)
+            .arg(submission.limits.per_day)
+            .arg(request.ttl_ms.unwrap_or(0))
+            .arg(tail(request))
+            .arg(self.publish_command())
+            .arg(self.keys.channel_prefix(app))
+            .arg(self.ledger.log_length)
+            .arg(self.log_ms());
+        command
+    }
+
+    async fn accept_batch(&self, batch: &[Submission]) -> Vec<Result<Decision, LedgerError>> {
+        let Live { mut connection, generation } = match self.link.get() {
+            Ok(live) => live,
+            Err(error) => return batch.iter().map(|_| Err(error.clone())).collect(),
+        };
+        let by_hash = ("EVALSHA", self.scripts.accept.sha.as_str());
+        let answers: Vec<Result<Value, RedisError>> = match &mut connection {
+            Connection::Single(single) => {
+                let mut pipeline = Pipeline::with_capacity(batch.len());
+                pipeline.ignore_errors();
+                for submission in batch {
+                    pipeline.add_command(self.accept_command(submission, &generation.0, by_hash));
+                }
+                match single.send_packed_commands(&pipeline, 0, batch.len()).await {
+                    Ok(values) => values.into_iter().map(Value::extract_error).collect(),
+                    Err(error) => batch.iter().map(|_| Err(error.clone())).collect(),
+                }
+            }
+            Connection::Cluster(cluster) => {
+                let calls = batch.iter().map(|submission| {
+                    let command = self.accept_command(submission, &generation.0, by_hash);
+                    let mut cluster = cluster.clone();
+                    async move { command.query_async(&mut cluster).await }
+                });
+                join_all(calls).await
+            }
+        };
+        let mut decisions = Vec::with_capacity(batch.len());
+        for (submission, answer) in batch.iter().zip(answers) {
+            let answer = match answer {
+                // Pipelines do not reload a script that the server has forgotten: send it whole.
+                Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                    self.accept_command(submission, &generation.0, ("EVAL", &self.scripts.accept.text))
+                        .query_async(&mut connection)
+                        .await
+                }
+                answer => answer,
+            };
+            decisions.push(answer.map_err(|error| self.failed(&error)).and_then(|value| read_decision(&value)));
+        }
+        decisions
+    }
+
+    /// Runs a script, sending it whole if the server does not know it.
+    async fn run(&self, live: &mut Live, source: &Source, arguments: &Cmd) -> Result<Value, LedgerError> {
+        let call = |name: &str, script: &str| {
+            let mut command = redis::cmd(name);
+            command.arg(script);
+            arguments.args_iter().skip(1).for_each(|argument| {
+                if let redis::Arg::Simple(bytes) = argument {
+                    command.arg(bytes);
+                }
+            });
+            command
+        };
+        let first: Result<Value, RedisError> = call("EVALSHA", &source.sha).query_async(&mut live.connection).await;
+        let answer = match first {
+            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                call("EVAL", &source.text).query_async(&mut live.connection).await
+            }
+            answer => answer,
+        };
+        answer.map_err(|error| self.failed(&error))
+    }
+
+    /// What an error means for the caller. All but a script that met something unexpected is worth another try.
+    fn failed(&self, error: &RedisError) -> LedgerError {
+        self.link.suspect();
+        let text = describe(error);
+        let code = error.code().unwrap_or_default();
+        if code == "CORRUPT" || code == "WRONGTYPE" || text.contains("WRONGTYPE") || text.contains("user_script") {
+            LedgerError::Corrupt(text)
+        } else {
+            LedgerError::Unavailable(text)
+        }
+    }
+
+    async fn history(&self, app: &AppKey, lowest: &str, highest: &str) -> Result<History, LedgerError> {
+        let mut live = self.link.get()?;
+        let arguments = arguments([self.keys.log(app), self.keys.retained(app)], [lowest, highest]);
+        let value = self.run(&mut live, &self.scripts.history, &arguments).await?;
+        let (now_ms, log, retained): (u64, Vec<Vec<u8>>, Vec<Vec<u8>>) = read(value)?;
+        let envelopes = |raw: Vec<Vec<u8>>| -> Result<Vec<Envelope>, LedgerError> {
+            raw.iter().map(|raw| Envelope::read(raw).map_err(|error| LedgerError::Corrupt(error.to_string()))).collect()
+        };
+        let mut retained = envelopes(retained)?;
+        retained.retain(|envelope| !envelope.expired(now_ms));
+        let mut log = envelopes(log)?;
+        log.retain(|envelope| !matches!(envelope.content, Content::Recall(_)));
+        Ok(History { log, retained })
+    }
+
+    async fn change(
+        &self,
+        make: impl FnOnce(oneshot::Sender<Result<(), LedgerError>>) -> Change,
+    ) -> Result<(), LedgerError> {
+        let changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let gone = || LedgerError::Unavailable("no feed is open".into());
+        let changes = changes.ok_or_else(gone)?;
+        let (answer, result) = oneshot::channel();
+        changes.send(make(answer)).await.map_err(|_| gone())?;
+        result.await.map_err(|_| gone())?
+    }
+}
+
+struct History {
+    log: Vec<Envelope>,
+    retained: Vec<Envelope>,
+}
+
+impl Ledger for RedisLedger {
+    fn accept<'a>(&'a self, batch: &'a [Submission]) -> BoxFuture<'a, Vec<Result<Decision, LedgerError>>> {
+        self.accept_batch(batch).boxed()
+    }
+
+    fn recall<'a>(&'a self, app: &'a AppKey, id: BroadcastId) -> Answer<'a, Option<Recalled>> {
+        async move {
+            let mut live = self.link.get()?;
+            let keys = [self.keys.meta(app), self.keys.log(app), self.keys.retained(app), self.keys.nodes(app)];
+            let arguments = arguments(
+                keys,
+                [
+                    live.generation.0.as_ref(),
+                    &id.to_string(),
+                    self.publish_command(),
+                    &self.keys.channel_prefix(app),
+                    &self.ledger.log_length.to_string(),
+                    &self.log_ms().to_string(),
+                ],
+            );
+            let answer: Vec<u64> = read(self.run(&mut live, &self.scripts.recall, &arguments).await?)?;
+            match answer[..] {
+                [0] => Ok(None),
+                [1, recall_id, targeted, reached] => {
+                    Ok(Some(Recalled { recall_id, targeted: small(targeted), reached: small(reached) }))
+                }
+                _ => Err(LedgerError::Corrupt("the recall script gave an unexpected answer".into())),
+            }
+        }
+        .boxed()
+    }
+
+    fn find<'a>(&'a self, app: &'a AppKey, id: BroadcastId) -> Answer<'a, Option<Envelope>> {
+        async move {
+            let id = id.to_string();
+            let History { mut log, mut retained } = self.history(app, &id, &id).await?;
+            Ok(log.pop().or_else(|| retained.pop()))
+        }
+        .boxed()
+    }
+
+    fn list<'a>(&'a self, app: &'a AppKey, before: BroadcastId, limit: usize, kind: Kind) -> Answer<'a, Vec<Envelope>> {
+        async move {
+            let highest = if before == 0 { "+".to_owned() } else { (before - 1).to_string() };
+            let highest_score = if before == 0 { crate::broadcast::MAX_ID.to_string() } else { highest };
+            let History { log, retained } = self.history(app, "0", &highest_score).await?;
+            let mut all = match kind {
+                Kind::Retained => retained,
+                Kind::OnlineOnly => log.into_iter().filter(|envelope| envelope.expires_ms == 0).collect(),
+                Kind::All => {
+                    let known: std::collections::HashSet<_> = log.iter().map(|envelope| envelope.id).collect();
+                    let mut all = log;
+                    all.extend(retained.into_iter().filter(|envelope| !known.contains(&envelope.id)));
+                    all
+                }
+            };
+            all.sort_unstable_by_key(|envelope| std::cmp::Reverse(envelope.id));
+            all.truncate(limit);
+            Ok(all)
+        }
+        .boxed()
+    }
+
+    fn join<'a>(
+        &'a self,
+        app: &'a AppKey,
+        node: &'a NodeName,
+        lease: Duration,
+        after: BroadcastId,
+    ) -> Answer<'a, Snapshot> {
+        async move {
+            let mut live = self.link.get()?;
+            let keys = [self.keys.meta(app), self.keys.log(app), self.keys.retained(app), self.keys.nodes(app)];
+            let arguments = arguments(
+                keys,
+                [&node.0, lease.as_millis().to_string().as_str(), &after.to_string(), &JOIN_LOG.to_string()],
+            );
+            let value = self.run(&mut live, &self.scripts.join, &arguments).await?;
+            let (now_ms, head, log, retained): (u64, u64, Vec<Vec<u8>>, Vec<Vec<u8>>) = read(value)?;
+            Ok(Snapshot { now_ms, head, generation: live.generation, log: stored(log)?, retained: stored(retained)? })
+        }
+        .boxed()
+    }
+
+    fn renew<'a>(
+        &'a self,
+        apps: &'a [AppKey],
+        node: &'a NodeName,
+        lease: Duration,
+    ) -> BoxFuture<'a, Vec<Result<Renewal, LedgerError>>> {
+        async move {
+            let live = match self.link.get() {
+                Ok(live) => live,
+                Err(error) => return apps.iter().map(|_| Err(error.clone())).collect(),
+            };
+            let lease = lease.as_millis().to_string();
+            // All at once: the multiplexed connection writes them together.
+            join_all(apps.iter().map(|app| {
+                let mut live = live.clone();
+                let lease = &lease;
+                async move {
+                    let keys = [self.keys.meta(app), self.keys.log(app), self.keys.nodes(app)];
+                    let arguments = arguments(keys, [node.0.as_ref(), lease]);
+                    let (now_ms, head) = read(self.run(&mut live, &self.scripts.renew, &arguments).await?)?;
+                    Ok(Renewal { now_ms, head, generation: live.generation })
+                }
+            }))
+            .await
+        }
+        .boxed()
+    }
+
+    fn leave<'a>(&'a self, app: &'a AppKey, node: &'a NodeName) -> Answer<'a, ()> {
+        async move {
+            let mut live = self.link.get()?;
+            let mut command = redis::cmd("ZREM");
+            command.arg(self.keys.nodes(app)).arg(&*node.0);
+            command.query_async(&mut live.connection).await.map_err(|error| self.failed(&error))
+        }
+        .boxed()
+    }
+
+    fn restore<'a>(
+        &'a self,
+        app: &'a AppKey,
+        head: BroadcastId,
+        retained: &'a [Stored],
+        recalled: &'a [BroadcastId],
+    ) -> Answer<'a, u32> {
+        async move {
+            let mut live = self.link.get()?;
+            let keys = [self.keys.meta(app), self.keys.log(app), self.keys.retained(app)];
+            let mut arguments = arguments(keys, [head.to_string(), recalled.len().to_string()]);
+            recalled.iter().for_each(|id| {
+                arguments.arg(id);
+            });
+            retained.iter().for_each(|stored| {
+                arguments.arg(&*stored.raw);
+            });
+            read(self.run(&mut live, &self.scripts.restore, &arguments).await?)
+        }
+        .boxed()
+    }
+
+    fn open_feed(&self, node: &NodeName) -> mpsc::Receiver<Feed> {
+        let (changes, receiver) = mpsc::channel(CHANGES);
+        let (subscription, feed) = Subscription::new(self.settings.clone(), self.keys.clone(), node.clone(), receiver);
+        tokio::spawn(subscription.run());
+        *self.changes.lock().unwrap_or_else(PoisonError::into_inner) = Some(changes);
+        feed
+    }
+
+    fn subscribe<'a>(&'a self, app: &'a AppKey) -> Answer<'a, ()> {
+        self.change(|answer| Change::Subscribe(app.clone(), answer)).boxed()
+    }
+
+    fn unsubscribe<'a>(&'a self, app: &'a AppKey) -> Answer<'a, ()> {
+        self.change(|answer| Change::Unsubscribe(app.clone(), answer)).boxed()
+    }
+
+    fn health(&self) -> watch::Receiver<Result<(), String>> {
+        self.health.clone()
+    }
+}
+
+/// `numkeys key… argument…`, behind a placeholder for the command's name.
+fn arguments<const K: usize, const A: usize>(keys: [String; K], arguments: [impl redis::ToRedisArgs; A]) -> Cmd {
+    let mut command = redis::cmd("-");
+    command.arg(K);
+    for key in keys {
+        command.arg(key);
+    }
+    for argument in arguments {
+        command.arg(argument);
+    }
+    command
+}
+
+fn read<T: redis::FromRedisValue>(value: Value) -> Result<T, LedgerError> {
+    redis::from_redis_value(value).map_err(|_| LedgerError::Corrupt("a script gave an unexpected answer".into()))
+}
+
+fn stored(raw: Vec<Vec<u8>>) -> Result<Vec<Stored>, LedgerError> {
+    raw.into_iter()
+        .map(|raw| {
+            let envelope = Envelope::read(&raw).map_err(|error| LedgerError::Corrupt(error.to_string()))?;
+            Ok(Stored { raw: raw.into(), envelope })
+        })
+        .collect()
+}
+
+fn small(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+/// The answer of accept.lua.
+fn read_decision(value: &Value) -> Result<Decision, LedgerError> {
+    let unexpected = || LedgerError::Corrupt("the accept script gave an unexpected answer".into());
+    let Value::Array(items) = value else { return Err(unexpected()) };
+    let mut numbers = [0u64; 7];
+    if items.is_empty() || items.len() > numbers.len() {
+        return Err(unexpected());
+    }
+    for (number, item) in numbers.iter_mut().zip(items) {
+        let Value::Int(integer) = item else { return Err(unexpected()) };
+        *number = u64::try_from(*integer).map_err(|_| unexpected())?;
+    }
+    match (numbers[0], items.len()) {
+        (1, 7) => Ok(Decision::Accepted(Accepted {
+            id: numbers[1],
+            time_ms: numbers[2],
+            expires_ms: numbers[3],
+            targeted: small(numbers[4]),
+            reached: small(numbers[5]),
+            repeated: numbers[6] != 0,
+        })),
+        (2, 1) => Ok(Decision::Conflict),
+        (3, 3) => {
+            let limit = if numbers[1] == 1 { Limit::Minute } else { Limit::Day };
+            Ok(Decision::Refused(Refusal { limit, retry_after: numbers[2] }))
+        }
+        _ => Err(unexpected()),
+    }
+}

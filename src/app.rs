@@ -1,0 +1,266 @@
+//! The composition root: the only place that sees all settings and knows every part. Loading opens nothing, building opens,
+//! running spawns.
+
+use std::future::Future;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{self, Dependency};
+use crate::api::amqp::AmqpSubmitter;
+use crate::api::submit::{DirectSubmitter, Submitter};
+use crate::api::{self, Api, serve};
+use crate::broadcast::app::Directory;
+use crate::ledger::Ledger;
+use crate::ledger::embedded::{EmbeddedLedger, system_clock};
+use crate::ledger::redis::RedisLedger;
+use crate::metrics::Metrics;
+use crate::node::Node;
+use crate::settings::{DrainSettings, Settings};
+use crate::worker::Worker;
+
+/// Non-WebSocket connections that may wait to be taken over; further ones are answered 503 by the node.
+const HAND_OFF_CAPACITY: usize = 256;
+/// How many devices a draining node sends away a second, so that they do not all log in elsewhere at once.
+const LEAVES_A_SECOND: u64 = 1000;
+
+/// What a process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The server API.
+    Api,
+    /// The queue's consumer.
+    Worker,
+    /// The devices' WebSockets.
+    Node,
+    /// All of it in one process, without RabbitMQ and Redis.
+    Standalone,
+    /// Standalone with a store in memory.
+    Demo,
+}
+
+impl Role {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Api => "api",
+            Self::Worker => "worker",
+            Self::Node => "node",
+            Self::Standalone => "standalone",
+            Self::Demo => "demo",
+        }
+    }
+}
+
+/// A part that runs: what it depends on, and its end.
+struct Running {
+    dependencies: Vec<Dependency>,
+    /// Where it listens for the public, if it does.
+    public: Option<SocketAddr>,
+    /// Ends some time after the token is cancelled, or by itself if it fails.
+    end: BoxFuture<'static, anyhow::Result<()>>,
+}
+
+/// Runs a role until SIGTERM or SIGINT, then drains it. `beside` runs next to it once it listens, and may end it.
+///
+/// # Errors
+/// A sentence: something cannot be opened, or a part failed.
+pub async fn run<F, B>(role: Role, settings: Settings, beside: F) -> anyhow::Result<()>
+where
+    F: FnOnce(Option<SocketAddr>) -> B,
+    B: Future<Output = anyhow::Result<()>>,
+{
+    let directory = settings.directory()?;
+    if directory.is_empty() {
+        bail!("no apps are configured: add an [[apps]] table to the settings (or try --dev)");
+    }
+    let metrics = Metrics::new()?;
+    metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), role.name()]).set(1);
+    let admin_listener = bind(settings.listen.admin, "listen.admin")?;
+    let stop = CancellationToken::new();
+    let drain = settings.drain.clone();
+    let running = start(role, settings, directory, &metrics, &stop).await?;
+
+    let (draining, is_draining) = watch::channel(false);
+    let admin_stop = CancellationToken::new();
+    let admin = tokio::spawn(serve::serve(
+        tokio::net::TcpListener::from_std(admin_listener)?,
+        admin::router(running.dependencies, is_draining, metrics),
+        admin_stop.clone(),
+    ));
+    tracing::info!(role = role.name(), version = env!("CARGO_PKG_VERSION"), "started");
+    let result = live(running.end, beside(running.public), &drain, &draining, &stop).await;
+    admin_stop.cancel();
+    let _ = admin.await;
+    tracing::info!(role = role.name(), "stopped");
+    result
+}
+
+/// Waits for the end of the part, or for a signal and then, under the deadline, for the end of the part.
+async fn live(
+    mut end: BoxFuture<'static, anyhow::Result<()>>,
+    beside: impl Future<Output = anyhow::Result<()>>,
+    drain: &DrainSettings,
+    draining: &watch::Sender<bool>,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut outcome = Ok(());
+    let notice = tokio::select! {
+        result = &mut end => return result,
+        result = beside => { outcome = result; Duration::ZERO }
+        _ = terminate.recv() => Duration::from_secs(drain.notice_seconds),
+        // Somebody at a terminal: no balancer has to notice.
+        _ = interrupt.recv() => Duration::ZERO,
+    };
+    let _ = draining.send_replace(true);
+    tracing::info!(notice_seconds = notice.as_secs(), deadline_seconds = drain.deadline_seconds, "draining");
+    tokio::spawn(async move {
+        tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+        tracing::warn!("second signal: leaving at once");
+        std::process::exit(1);
+    });
+    tokio::select! {
+        result = &mut end => return result,
+        () = tokio::time::sleep(notice) => {}
+    }
+    stop.cancel();
+    let deadline = Duration::from_secs(drain.deadline_seconds);
+    match tokio::time::timeout(deadline, end).await {
+        Ok(result) => result.and(outcome),
+        Err(_) => Err(anyhow!("not drained within {} s; leaving all the same", deadline.as_secs())),
+    }
+}
+
+async fn start(
+    role: Role,
+    settings: Settings,
+    directory: Directory,
+    metrics: &Metrics,
+    stop: &CancellationToken,
+) -> anyhow::Result<Running> {
+    match role {
+        Role::Api => start_api(settings, directory, metrics, stop),
+        Role::Worker => Ok(start_worker(settings, directory, metrics, stop)),
+        Role::Node => start_node(settings, &directory, metrics, stop),
+        Role::Standalone => {
+            let ledger = EmbeddedLedger::open(&settings.embedded, settings.ledger, system_clock())?;
+            start_standalone(settings, directory, Arc::new(ledger), metrics, stop)
+        }
+        Role::Demo => {
+            let ledger = EmbeddedLedger::in_memory(settings.ledger, system_clock())?;
+            start_standalone(settings, directory, Arc::new(ledger), metrics, stop)
+        }
+    }
+}
+
+fn start_worker(settings: Settings, directory: Directory, metrics: &Metrics, stop: &CancellationToken) -> Running {
+    let ledger: Arc<dyn Ledger> = Arc::new(RedisLedger::start(settings.redis, settings.ledger));
+    let (health, amqp) = watch::channel(Err("not connected yet".to_owned()));
+    let redis = ledger.health();
+    let worker =
+        Worker { settings: settings.worker, amqp: settings.amqp, directory, ledger, metrics: metrics.clone() };
+    let end = worker.run(health, stop.clone()).map(Ok).boxed();
+    Running { dependencies: vec![("redis", redis), ("amqp", amqp)], public: None, end }
+}
+
+fn start_api(
+    settings: Settings,
+    directory: Directory,
+    metrics: &Metrics,
+    stop: &CancellationToken,
+) -> anyhow::Result<Running> {
+    let listener = bind(settings.listen.public, "listen.public")?;
+    let public = Some(listener.local_addr()?);
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let ledger: Arc<dyn Ledger> = Arc::new(RedisLedger::start(settings.redis, settings.ledger));
+    // Its own token: the connection to the broker must outlive the calls that are under way when intake stops.
+    let broker_stop = CancellationToken::new();
+    let submitter = AmqpSubmitter::start(settings.amqp, settings.api.reply_timeout(), broker_stop.clone());
+    let dependencies = vec![("redis", ledger.health()), ("amqp", submitter.health())];
+    let api = Api::new(settings.api, directory, ledger, Submitter::Amqp(submitter), metrics.clone());
+    let stop = stop.clone();
+    let end = async move {
+        serve::serve(listener, api::router(Arc::new(api)), stop).await;
+        broker_stop.cancel();
+        Ok(())
+    };
+    Ok(Running { dependencies, public, end: end.boxed() })
+}
+
+fn start_node(
+    settings: Settings,
+    directory: &Directory,
+    metrics: &Metrics,
+    stop: &CancellationToken,
+) -> anyhow::Result<Running> {
+    let listener = bind(settings.listen.public, "listen.public")?;
+    let ledger: Arc<dyn Ledger> = Arc::new(RedisLedger::start(settings.redis, settings.ledger));
+    let redis = ledger.health();
+    // Never cancelled by the drain: the node ends its sessions by itself.
+    let abort = CancellationToken::new();
+    let node = Node::start(settings.node, directory, ledger, metrics.clone(), listener, None, &abort)?;
+    let dependencies = vec![("redis", redis), ("node", node.ready())];
+    let public = Some(node.local_addr());
+    let end = drain_node(node, metrics.clone(), settings.drain, stop.clone()).map(Ok).boxed();
+    Ok(Running { dependencies, public, end })
+}
+
+fn start_standalone(
+    settings: Settings,
+    directory: Directory,
+    ledger: Arc<dyn Ledger>,
+    metrics: &Metrics,
+    stop: &CancellationToken,
+) -> anyhow::Result<Running> {
+    let listener = bind(settings.listen.public, "listen.public")?;
+    let (hand_off, handed_over) = mpsc::channel(HAND_OFF_CAPACITY);
+    let health = ledger.health();
+    let abort = CancellationToken::new();
+    let node = Node::start(
+        settings.node,
+        &directory,
+        ledger.clone(),
+        metrics.clone(),
+        listener,
+        Some(hand_off),
+        &abort,
+    )?;
+    let dependencies = vec![("store", health), ("node", node.ready())];
+    let public = Some(node.local_addr());
+    let direct = DirectSubmitter::new(ledger.clone(), metrics.clone(), settings.api.reply_timeout());
+    let api = Api::new(settings.api, directory, ledger, Submitter::Direct(direct), metrics.clone());
+    let http = tokio::spawn(serve::serve_handed_over(handed_over, api::router(Arc::new(api)), stop.clone()));
+    let drained = drain_node(node, metrics.clone(), settings.drain, stop.clone());
+    let end = async move {
+        drained.await;
+        http.await.context("the HTTP server failed")
+    };
+    Ok(Running { dependencies, public, end: end.boxed() })
+}
+
+/// Waits for the token, then sends the devices away: as slowly as the deadline allows, but no slower than needed.
+async fn drain_node(node: Node, metrics: Metrics, drain: DrainSettings, stop: CancellationToken) {
+    stop.cancelled().await;
+    let sessions = u64::try_from(metrics.sessions.get()).unwrap_or(0);
+    // A second is kept back for giving the leases up.
+    let longest = drain.deadline_seconds.saturating_sub(1).max(1);
+    let window = (sessions / LEAVES_A_SECOND).clamp(1, longest);
+    node.drain(Instant::now() + Duration::from_secs(window)).await;
+}
+
+/// Binds, so that a port in use is one clear sentence.
+fn bind(address: SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {
+    let listener = TcpListener::bind(address).map_err(|error| {
+        anyhow!("cannot listen on {address}: {error}; free the port or choose another with --set {setting}=HOST:PORT")
+    })?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}

@@ -1,0 +1,255 @@
+//! How a connection to Redis is made, in each of the three set-ups, and how it is probed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use redis::aio::{AsyncPushSender, ConnectionLike, MultiplexedConnection};
+use redis::cluster::ClusterClientBuilder;
+use redis::cluster_async::ClusterConnection;
+use redis::cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo};
+use redis::io::tcp::TcpSettings;
+use redis::sentinel::{SentinelClientBuilder, SentinelServerType};
+use redis::{
+    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion,
+    RedisError, RedisFuture, RedisResult, TlsCertificates, TlsMode, Value,
+};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+
+use crate::ledger::Generation;
+
+/// How Redis is set up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// One server (or a proxy in front of one).
+    Single,
+    /// A master that Sentinels name; `url` lists the Sentinels.
+    Sentinel,
+    /// Redis Cluster; `url` lists some of its nodes.
+    Cluster,
+}
+
+/// Section `[redis]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RedisSettings {
+    /// `redis://[user:password@]host:port[/db]`, `rediss://` for TLS; several, separated by commas, for sentinel and cluster.
+    pub url: SecretString,
+    /// A file that holds the URL, instead; read by the settings loader.
+    pub url_file: String,
+    /// The set-up.
+    pub mode: Mode,
+    /// The name under which the Sentinels know the master.
+    pub sentinel_service: String,
+    /// In front of every key and channel.
+    pub key_prefix: String,
+    /// A PEM file with the certificate authority to trust for TLS, instead of the system's.
+    pub ca_file: String,
+    /// Time to connect, milliseconds.
+    pub connect_timeout_ms: u64,
+    /// Time to answer, milliseconds. A call that takes longer counts as unknown, and is repeated.
+    pub response_timeout_ms: u64,
+    /// Tests only: read the time (µs) from this key instead of Redis' clock.
+    #[serde(skip)]
+    pub test_clock_key: Option<String>,
+}
+
+/// A connection in any of the set-ups.
+#[derive(Clone)]
+pub(super) enum Connection {
+    Single(MultiplexedConnection),
+    Cluster(ClusterConnection),
+}
+
+impl ConnectionLike for Connection {
+    fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
+        match self {
+            Self::Single(connection) => connection.req_packed_command(cmd),
+            Self::Cluster(connection) => connection.req_packed_command(cmd),
+        }
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipeline: &'a Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        match self {
+            Self::Single(connection) => connection.req_packed_commands(pipeline, offset, count),
+            Self::Cluster(connection) => connection.req_packed_commands(pipeline, offset, count),
+        }
+    }
+
+    fn get_db(&self) -> i64 {
+        match self {
+            Self::Single(connection) => connection.get_db(),
+            Self::Cluster(connection) => connection.get_db(),
+        }
+    }
+}
+
+impl RedisSettings {
+    fn urls(&self) -> Vec<&str> {
+        self.url.expose_secret().split(',').map(str::trim).filter(|url| !url.is_empty()).collect()
+    }
+
+    fn tcp() -> TcpSettings {
+        // Off by default in the crate: an accept would wait for the last one's TCP acknowledgement.
+        TcpSettings::default().set_nodelay(true)
+    }
+
+    fn infos(&self) -> RedisResult<Vec<ConnectionInfo>> {
+        self.urls()
+            .into_iter()
+            .map(|url| {
+                let info = url.into_connection_info()?.set_tcp_settings(Self::tcp());
+                let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+                Ok(info.set_redis_settings(redis))
+            })
+            .collect()
+    }
+
+    fn certificates(&self) -> RedisResult<Option<TlsCertificates>> {
+        if self.ca_file.is_empty() {
+            return Ok(None);
+        }
+        let root_cert = std::fs::read(&self.ca_file).map_err(RedisError::from)?;
+        Ok(Some(TlsCertificates { client_tls: None, root_cert: Some(root_cert) }))
+    }
+
+    fn client(&self, info: ConnectionInfo) -> RedisResult<Client> {
+        match self.certificates()? {
+            Some(certificates) => Client::build_with_tls(info, certificates),
+            None => Client::open(info),
+        }
+    }
+
+    /// Checks what can be checked without connecting.
+    ///
+    /// # Errors
+    /// A sentence, without the URL.
+    pub fn validate(&self) -> Result<(), String> {
+        let infos = self.infos().map_err(|_| "redis.url is not a Redis URL".to_owned())?;
+        if infos.is_empty() {
+            return Err("redis.url is empty".into());
+        }
+        if self.mode == Mode::Single && infos.len() > 1 {
+            return Err("redis.url lists several servers, but redis.mode is single".into());
+        }
+        if self.connect_timeout_ms == 0 || self.response_timeout_ms == 0 {
+            return Err("redis.connect_timeout_ms and redis.response_timeout_ms are at least 1".into());
+        }
+        Ok(())
+    }
+
+    /// Opens a connection. `push`: where pub/sub messages go, if there will be any.
+    pub(super) async fn open<S: AsyncPushSender>(&self, push: Option<S>) -> RedisResult<Connection> {
+        let connect_timeout = Duration::from_millis(self.connect_timeout_ms);
+        let response_timeout = Duration::from_millis(self.response_timeout_ms);
+        let mut config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(connect_timeout))
+            .set_response_timeout(Some(response_timeout));
+        let mut infos = self.infos()?;
+        if self.mode == Mode::Cluster {
+            let mut builder = ClusterClientBuilder::new(infos)
+                .connection_timeout(connect_timeout)
+                .response_timeout(response_timeout)
+                .overall_response_timeout(Some(response_timeout))
+                .tcp_settings(Self::tcp())
+                .use_protocol(ProtocolVersion::RESP3);
+            if let Some(certificates) = self.certificates()? {
+                builder = builder.certs(certificates);
+            }
+            if let Some(push) = push {
+                builder = builder.push_sender(push);
+            }
+            return Ok(Connection::Cluster(builder.build()?.get_async_connection().await?));
+        }
+        if let Some(push) = push {
+            config = config.set_push_sender(push);
+        }
+        let client = match self.mode {
+            Mode::Sentinel => self.ask_sentinels(&infos).await?,
+            Mode::Single | Mode::Cluster => self.client(infos.swap_remove(0))?,
+        };
+        Ok(Connection::Single(client.get_multiplexed_async_connection_with_config(&config).await?))
+    }
+
+    /// The client of the master that the Sentinels name now. User, password and database are those of the first URL.
+    async fn ask_sentinels(&self, infos: &[ConnectionInfo]) -> RedisResult<Client> {
+        let sentinels = infos.iter().map(|info| info.addr().clone());
+        let mut builder = SentinelClientBuilder::new(sentinels, &self.sentinel_service, SentinelServerType::Master)?
+            .set_client_to_redis_protocol(ProtocolVersion::RESP3)
+            .set_client_to_redis_tcp_settings(Self::tcp());
+        if let Some(first) = infos.first() {
+            let redis = first.redis_settings();
+            builder = builder.set_client_to_redis_db(redis.db());
+            if let Some(username) = redis.username() {
+                builder = builder.set_client_to_redis_username(username);
+            }
+            if let Some(password) = redis.password() {
+                builder = builder.set_client_to_redis_password(password);
+            }
+            if matches!(first.addr(), ConnectionAddr::TcpTls { .. }) {
+                builder = builder.set_client_to_redis_tls_mode(TlsMode::Secure);
+                if let Some(certificates) = self.certificates()? {
+                    builder = builder.set_client_to_redis_certificates(certificates);
+                }
+            }
+        }
+        builder.build()?.async_get_client().await
+    }
+}
+
+/// Asks the server (in a cluster: every master) who it is. A server that is loading or no master counts as away: on a demoted
+/// one every write would be refused, for ever, on a connection that looks healthy.
+pub(super) async fn probe(connection: &mut Connection) -> Result<Generation, String> {
+    let mut info = redis::cmd("INFO");
+    info.arg("server").arg("replication").arg("persistence");
+    let answers: Vec<String> = match connection {
+        Connection::Single(connection) => {
+            vec![info.query_async(connection).await.map_err(|error| describe(&error))?]
+        }
+        Connection::Cluster(connection) => {
+            let routing = RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None));
+            let value = connection.route_command(info, routing).await.map_err(|error| describe(&error))?;
+            let by_node: std::collections::HashMap<String, String> =
+                redis::from_redis_value(value).map_err(|_| "INFO gave an unexpected answer".to_owned())?;
+            by_node.into_values().collect()
+        }
+    };
+    let mut lives = Vec::with_capacity(answers.len());
+    for answer in &answers {
+        let field = |name: &str| answer.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
+        if field("loading:") == "1" {
+            return Err("Redis is loading its data".into());
+        }
+        if field("role:") != "master" {
+            return Err("the Redis server is a replica".into());
+        }
+        lives.push(format!("{}.{}", field("run_id:"), field("master_replid:")));
+    }
+    lives.sort_unstable();
+    Ok(Generation(Arc::from(digest(&lives))))
+}
+
+/// 16 hex digits: short, because every accept carries and stores it.
+fn digest(lives: &[String]) -> String {
+    use sha2::{Digest, Sha256};
+    let mut hash = Sha256::new();
+    lives.iter().for_each(|life| hash.update(life.as_bytes()));
+    crate::broadcast::request::hex(&hash.finalize()[..8])
+}
+
+/// An error as a sentence; Redis' messages hold no secrets, the URL is never part of them.
+pub(super) fn describe(error: &RedisError) -> String {
+    if error.is_timeout() {
+        "no answer in time".into()
+    } else if error.is_connection_refusal() {
+        "connection refused".into()
+    } else {
+        error.to_string().chars().filter(|c| !c.is_control()).take(200).collect()
+    }
+}

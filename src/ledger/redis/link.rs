@@ -1,0 +1,88 @@
+//! The supervised connection to Redis: always one that was probed to be a master, with the generation of its data.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::connect::{Connection, RedisSettings, probe};
+use crate::backoff::Backoff;
+use crate::ledger::{Generation, LedgerError};
+
+/// How often a connection is probed. Nothing else would notice a server that is frozen, unreachable or demoted.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Clone)]
+pub(super) struct Live {
+    pub(super) connection: Connection,
+    pub(super) generation: Generation,
+}
+
+type State = Result<Live, String>;
+
+/// Handle to the supervisor; the connection is rebuilt behind it.
+pub(super) struct Link {
+    state: watch::Receiver<State>,
+    suspect: Arc<Notify>,
+    _stop: tokio_util::sync::DropGuard,
+}
+
+impl Link {
+    /// Starts connecting. `health` follows the state.
+    pub(super) fn start(settings: RedisSettings, health: watch::Sender<Result<(), String>>) -> Self {
+        let (sender, state) = watch::channel(Err("not connected yet".to_owned()));
+        let suspect = Arc::new(Notify::new());
+        let stop = CancellationToken::new();
+        tokio::spawn(stop.clone().run_until_cancelled_owned(supervise(settings, sender, health, suspect.clone())));
+        Self { state, suspect, _stop: stop.drop_guard() }
+    }
+
+    /// The connection, if there is one now.
+    pub(super) fn get(&self) -> Result<Live, LedgerError> {
+        self.state.borrow().clone().map_err(LedgerError::Unavailable)
+    }
+
+    /// Has the connection probed at once: an operation on it failed.
+    pub(super) fn suspect(&self) {
+        self.suspect.notify_one();
+    }
+}
+
+async fn supervise(
+    settings: RedisSettings,
+    state: watch::Sender<State>,
+    health: watch::Sender<Result<(), String>>,
+    suspect: Arc<Notify>,
+) {
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+    loop {
+        let reason = match settings.open(None::<tokio::sync::mpsc::UnboundedSender<redis::PushInfo>>).await {
+            Err(error) => super::connect::describe(&error),
+            Ok(mut connection) => loop {
+                match probe(&mut connection).await {
+                    Err(reason) => break reason,
+                    Ok(generation) => {
+                        let known = matches!(&*state.borrow(), Ok(live) if live.generation == generation);
+                        if !known {
+                            tracing::info!(generation = %generation.0, "connected to Redis");
+                            let _ = state.send_replace(Ok(Live { connection: connection.clone(), generation }));
+                            let _ = health.send_replace(Ok(()));
+                        }
+                        backoff.reset();
+                    }
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(PROBE_EVERY) => {}
+                    () = suspect.notified() => {}
+                }
+            },
+        };
+        if health.borrow().is_ok() || state.borrow().is_ok() {
+            tracing::warn!(reason, "Redis is unavailable; requests are held until it is back");
+        }
+        let _ = state.send_replace(Err(reason.clone()));
+        let _ = health.send_replace(Err(reason));
+        backoff.wait().await;
+    }
+}

@@ -1,0 +1,33 @@
+-- Takes or renews a node's lease and reads the app's state in the same instant: what is accepted afterwards is published to
+-- the node, so nothing falls in between. A backfill is the same call with a position.
+--
+-- KEYS meta, log, retained, nodes
+-- ARGV node, lease ms, after (0: the newest entries only), most entries for that
+-- Returns {now ms, head, {log envelope…} oldest first, {retained envelope…} oldest first}
+
+local now_ms = math.floor(now_us() / 1000)
+local head = parse_meta(redis.call('GET', KEYS[1]), KEYS[2])
+local log = {}
+if ARGV[3] == '0' then
+  local entries = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', ARGV[4])
+  for i = #entries, 1, -1 do
+    log[#log + 1] = entries[i][2][2]
+  end
+else
+  local entries = redis.call('XRANGE', KEYS[2], '(' .. ARGV[3] .. '-0', '+')
+  for i = 1, #entries do
+    log[i] = entries[i][2][2]
+  end
+end
+local retained = {}
+local members = redis.call('ZRANGE', KEYS[3], 0, -1)
+for i = 1, #members do
+  local _, _, _, expires = string.match(members[i], HEADER)
+  if (tonumber(expires) or 0) > now_ms then
+    retained[#retained + 1] = members[i]
+  end
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', text(now_ms))
+redis.call('ZADD', KEYS[4], text(now_ms + tonumber(ARGV[2])), ARGV[1])
+redis.call('PEXPIRE', KEYS[4], 2 * tonumber(ARGV[2]) + SLACK)
+return { now_ms, head, log, retained }

@@ -1,0 +1,178 @@
+//! One batch of deliveries, from intake to the point where they may be settled.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures_util::future::join_all;
+use lapin::message::Delivery;
+
+use super::intake::{self, Item};
+use super::outbox::Outbox;
+use super::{SessionError, Worker};
+use crate::backoff::Backoff;
+use crate::broadcast::request::Submission;
+use crate::broadcast::verdict::{Rejection, Verdict};
+
+/// How a delivery is to be settled.
+pub(super) enum Settle {
+    /// Acknowledge; then, for a refusal, reply. A crash in between costs a reply, never a "refused" that is sent later.
+    Ack { item: Item, reply_after: Option<Verdict> },
+    /// Reject: the broker itself moves it to the dead letters. Only while it takes no publishes.
+    Reject { item: Item },
+}
+
+/// Decides a batch and does all that must happen before it is acknowledged.
+pub(super) async fn batch(
+    worker: &Worker,
+    outbox: &Outbox,
+    deliveries: Vec<Delivery>,
+) -> Result<Vec<Settle>, SessionError> {
+    let mut items = Vec::with_capacity(deliveries.len());
+    let mut submissions = Vec::with_capacity(deliveries.len());
+    let mut positions = Vec::with_capacity(deliveries.len());
+    for delivery in deliveries {
+        let (item, outcome) = intake::read(delivery, &worker.directory);
+        match outcome {
+            Ok(submission) => {
+                positions.push(items.len());
+                submissions.push(submission);
+                items.push((item, None));
+            }
+            Err(verdict) => items.push((item, Some(verdict))),
+        }
+    }
+    if !submissions.is_empty() {
+        let verdicts = decide(worker, &submissions).await;
+        for ((position, submission), verdict) in positions.into_iter().zip(submissions).zip(verdicts) {
+            items[position].0.request = Some(submission.request);
+            items[position].1 = Some(verdict);
+        }
+    }
+    let settled = items.into_iter().map(|(item, verdict)| {
+        // Every item has a verdict: from intake, or from the ledger just above.
+        let verdict = verdict.unwrap_or_else(|| Verdict::Rejected(Rejection::bad("undecided", "undecided")));
+        finish(worker, outbox, item, verdict)
+    });
+    join_all(settled).await.into_iter().collect()
+}
+
+/// Has the ledger decide, however long it takes: while it does not answer, the deliveries are held, unacknowledged and
+/// bounded by the prefetch. Handing them back would only burn their delivery limit.
+async fn decide(worker: &Worker, submissions: &[Submission]) -> Vec<Verdict> {
+    let mut verdicts: Vec<Option<Verdict>> = vec![None; submissions.len()];
+    let mut open: Vec<usize> = (0..submissions.len()).collect();
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+    let mut held = Held { gauge: &worker.metrics.held, count: 0 };
+    let mut again: Vec<Submission> = Vec::new();
+    loop {
+        let timer = worker.metrics.accept_seconds.start_timer();
+        let batch = if open.len() == submissions.len() { submissions } else { &again };
+        let answers = worker.ledger.accept(batch).await;
+        timer.observe_duration();
+        let mut still_open = Vec::new();
+        for (position, answer) in open.into_iter().zip(answers) {
+            match answer {
+                Ok(decision) => verdicts[position] = Some(decision.into()),
+                Err(error) if error.is_retryable() => {
+                    if held.count == 0 && still_open.is_empty() {
+                        tracing::warn!(%error, "requests are held until the ledger answers");
+                    }
+                    still_open.push(position);
+                }
+                Err(error) => {
+                    tracing::error!(%error, app = %submissions[position].request.app, "a request cannot be decided");
+                    let desc = "the app's stored data is unreadable; its operator has to look";
+                    verdicts[position] = Some(Verdict::Rejected(Rejection {
+                        code: crate::broadcast::verdict::code::UNKNOWN,
+                        reason: "ledger_corrupt",
+                        desc: desc.into(),
+                    }));
+                }
+            }
+        }
+        if still_open.is_empty() {
+            return verdicts.into_iter().flatten().collect();
+        }
+        held.set(still_open.len());
+        worker.metrics.ledger_retries.inc();
+        again = still_open.iter().map(|position| submissions[*position].clone()).collect();
+        open = still_open;
+        backoff.wait().await;
+    }
+}
+
+/// Keeps the gauge right, also when the session ends in the middle.
+struct Held<'a> {
+    gauge: &'a prometheus::IntGauge,
+    count: i64,
+}
+
+impl Held<'_> {
+    fn set(&mut self, count: usize) {
+        let count = i64::try_from(count).unwrap_or(i64::MAX);
+        self.gauge.add(count - self.count);
+        self.count = count;
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.gauge.sub(self.count);
+    }
+}
+
+/// Tells the sender and says how to settle.
+async fn finish(worker: &Worker, outbox: &Outbox, item: Item, verdict: Verdict) -> Result<Settle, SessionError> {
+    report(worker, &item, &verdict);
+    match &verdict {
+        Verdict::Accepted(_) => {
+            outbox.replied(outbox.reply(&item, &verdict).await).await;
+            Ok(Settle::Ack { item, reply_after: None })
+        }
+        Verdict::Refused(_) if item.reply_to.is_some() => Ok(Settle::Ack { item, reply_after: Some(verdict) }),
+        Verdict::Rejected(rejection) if item.reply_to.is_some() && item.request.is_some() && rejection.code == 403 => {
+            Ok(Settle::Ack { item, reply_after: Some(verdict) })
+        }
+        // Malformed, or nobody waits for the answer: it is kept, with its reason.
+        Verdict::Refused(_) | Verdict::Rejected(_) => {
+            if outbox.blocked() {
+                return Ok(Settle::Reject { item });
+            }
+            if let Err(error) = outbox.dead_letter(&item, &verdict).await {
+                // The alarm may have come up just now, with this publish.
+                return if outbox.blocked() { Ok(Settle::Reject { item }) } else { Err(error) };
+            }
+            let reply_after = item.reply_to.is_some().then_some(verdict);
+            Ok(Settle::Ack { item, reply_after })
+        }
+    }
+}
+
+/// One line and the figures of one decided request.
+fn report(worker: &Worker, item: &Item, verdict: &Verdict) {
+    let metrics = &worker.metrics;
+    let request_id = item.request.as_ref().map_or("", |request| request.id.as_str());
+    let app = item.request.as_ref().map_or("", |request| request.app.as_str());
+    match verdict {
+        Verdict::Accepted(accepted) if accepted.repeated => {
+            metrics.repeated.inc();
+            tracing::info!(request_id, app, id = accepted.id, "accepted before; nothing sent again");
+        }
+        Verdict::Accepted(accepted) => {
+            metrics.accepted.inc();
+            metrics.nodes_targeted.inc_by(accepted.targeted.into());
+            metrics.nodes_reached.inc_by(accepted.reached.into());
+            if let Some(enqueued_at_ms) = item.enqueued_at_ms {
+                let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+                let age =
+                    Duration::from_millis(u64::try_from(now_ms).unwrap_or(u64::MAX).saturating_sub(enqueued_at_ms));
+                metrics.queue_age_seconds.observe(age.as_secs_f64());
+            }
+            let (targeted, reached) = (accepted.targeted, accepted.reached);
+            tracing::info!(request_id, app, id = accepted.id, targeted, reached, "accepted");
+        }
+        Verdict::Refused(_) | Verdict::Rejected(_) => {
+            metrics.refused.with_label_values(&[verdict.reason()]).inc();
+            tracing::info!(request_id, app, code = verdict.code(), reason = verdict.reason(), "refused");
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Real processes against real servers: the built binary, RabbitMQ and Redis, all started here on ports and folders of their
+//! own. Everything that is started ends with this process, however it ends (see `support::guard`).
+//!
+//! One test is one function in one of the modules; each has apps, a vhost and a key prefix of its own, so they run in parallel.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
+
+mod support;

@@ -1,0 +1,230 @@
+//! The sender's side: a plain AMQP client, and a signed client of the NIM API.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions,
+    QueueDeclareOptions, QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use serde_json::{Value, json};
+use sha1::{Digest, Sha1};
+use tokio::sync::Notify;
+
+use super::broadcastd::App;
+use super::{SOON, now_ms, unique, until};
+
+/// A request as a backend writes it; add fields with `request["…"] = …`.
+pub fn request(app: &App, body: &str) -> Value {
+    json!({ "requestId": unique("request"), "appKey": app.key, "body": body })
+}
+
+/// The same, retained.
+pub fn retained(app: &App, body: &str) -> Value {
+    let mut request = request(app, body);
+    request["isOffline"] = true.into();
+    request
+}
+
+#[derive(Debug, Default)]
+struct Replies {
+    by_correlation: Mutex<HashMap<String, Vec<Value>>>,
+    arrived: Notify,
+}
+
+/// A backend that speaks AMQP.
+#[derive(Debug)]
+pub struct Amqp {
+    connection: Connection,
+    channel: Channel,
+    reply_queue: String,
+    replies: Arc<Replies>,
+}
+
+/// A message of the dead-letter queue.
+#[derive(Debug)]
+pub struct DeadLetter {
+    /// Its headers, as text.
+    pub headers: HashMap<String, String>,
+    /// What was sent.
+    pub payload: Vec<u8>,
+}
+
+impl Amqp {
+    /// Connects, with a reply queue of its own.
+    pub async fn connect(url: &str) -> Self {
+        let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let replies = Arc::new(Replies::default());
+        let queue =
+            channel.queue_declare("".into(), QueueDeclareOptions::exclusive(), FieldTable::default()).await.unwrap();
+        let reply_queue = queue.name().as_str().to_owned();
+        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+        let mut consumer = channel
+            .basic_consume(reply_queue.as_str().into(), "".into(), options, FieldTable::default())
+            .await
+            .unwrap();
+        let arriving = replies.clone();
+        tokio::spawn(async move {
+            while let Some(Ok(delivery)) = consumer.next().await {
+                let correlation = delivery.properties.correlation_id().as_ref().expect("a correlation id");
+                let reply = serde_json::from_slice(&delivery.data).expect("a reply is JSON");
+                let mut replies = arriving.by_correlation.lock().unwrap();
+                replies.entry(correlation.as_str().to_owned()).or_default().push(reply);
+                arriving.arrived.notify_waiters();
+            }
+        });
+        Self { connection, channel, reply_queue, replies }
+    }
+
+    /// Puts a message on the queue of requests and waits for the broker to have it.
+    pub async fn publish(&self, payload: &[u8], properties: BasicProperties) {
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let sent = self.channel.basic_publish("broadcast".into(), "request".into(), options, payload, properties).await;
+        let confirmation = sent.unwrap().await.unwrap();
+        assert!(confirmation.is_ack(), "the broker did not take it");
+        assert!(confirmation.take_message().is_none(), "no queue takes requests");
+    }
+
+    /// Sends it without a wish for a reply.
+    pub async fn send(&self, payload: &[u8]) {
+        self.publish(payload, BasicProperties::default()).await;
+    }
+
+    /// Sends it with a wish for a reply; returns the correlation id.
+    pub async fn ask(&self, payload: &[u8]) -> String {
+        let correlation = unique("correlation");
+        let properties = BasicProperties::default()
+            .with_reply_to(self.reply_queue.as_str().into())
+            .with_correlation_id(correlation.as_str().into());
+        self.publish(payload, properties).await;
+        correlation
+    }
+
+    /// The first reply with this correlation id.
+    pub async fn reply(&self, correlation: &str) -> Value {
+        let wait = async {
+            loop {
+                let arrived = self.replies.arrived.notified();
+                if let Some(reply) = self.replies.by_correlation.lock().unwrap().get(correlation) {
+                    return reply[0].clone();
+                }
+                arrived.await;
+            }
+        };
+        tokio::time::timeout(SOON, wait).await.unwrap_or_else(|_| panic!("no reply to {correlation} in {SOON:?}"))
+    }
+
+    /// Sends a request and waits for its verdict.
+    pub async fn request(&self, request: &Value) -> Value {
+        let correlation = self.ask(request.to_string().as_bytes()).await;
+        self.reply(&correlation).await
+    }
+
+    /// Sends a request and expects it to be accepted; returns the broadcast's id.
+    pub async fn accepted(&self, request: &Value) -> u64 {
+        let reply = self.request(request).await;
+        assert_eq!(reply["code"], 200, "{reply}");
+        reply["msg"]["broadcastId"].as_u64().unwrap()
+    }
+
+    /// Takes one message from the dead-letter queue.
+    pub async fn dead_letter(&self) -> DeadLetter {
+        until("a dead letter", SOON, async || {
+            let message = self.channel.basic_get("broadcast.dead".into(), BasicGetOptions::default()).await;
+            let message = message.map_err(|error| error.to_string())?.ok_or("the queue is empty")?;
+            message.acker.ack(BasicAckOptions::default()).await.map_err(|error| error.to_string())?;
+            let headers = message.delivery.properties.headers().clone().unwrap_or_default();
+            let headers = headers.inner().iter().map(|(name, value)| (name.as_str().to_owned(), text(value)));
+            Ok::<_, String>(DeadLetter { headers: headers.collect(), payload: message.delivery.data.clone() })
+        })
+        .await
+    }
+
+    /// How many messages are ready in a queue.
+    pub async fn ready(&self, queue: &str) -> u32 {
+        let options = QueueDeclareOptions::durable().passive();
+        self.channel.queue_declare(queue.into(), options, FieldTable::default()).await.unwrap().message_count()
+    }
+
+    /// Deletes a queue.
+    pub async fn delete_queue(&self, queue: &str) {
+        self.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
+    }
+
+    /// Whether the connection still stands.
+    pub fn is_connected(&self) -> bool {
+        self.connection.status().connected() && self.channel.status().connected()
+    }
+}
+
+fn text(value: &AMQPValue) -> String {
+    match value {
+        AMQPValue::LongString(text) => String::from_utf8_lossy(text.as_bytes()).into_owned(),
+        AMQPValue::ShortString(text) => text.as_str().to_owned(),
+        other => format!("{other:?}"),
+    }
+}
+
+/// A backend that speaks the NIM API.
+#[derive(Debug, Clone)]
+pub struct Api {
+    url: String,
+    key: String,
+    secret: String,
+}
+
+impl Api {
+    /// `url` ends in `/nimserver`.
+    pub fn new(url: &str, app: &App) -> Self {
+        Self { url: url.to_owned(), key: app.key.clone(), secret: app.secret.clone() }
+    }
+
+    /// Calls `path` (`msg/broadcastMsg.action`) with a form; the answer's JSON.
+    pub async fn call(&self, path: &str, form: &[(&str, &str)]) -> Value {
+        let (status, answer) = self.try_call(path, form).await.unwrap();
+        assert_eq!(status, 200, "{answer}");
+        answer
+    }
+
+    /// The same, with the HTTP status; a sentence if the call did not come through.
+    pub async fn try_call(&self, path: &str, form: &[(&str, &str)]) -> Result<(u16, Value), String> {
+        let url = format!("{}/{path}", self.url);
+        let (nonce, time) = (unique("nonce"), (now_ms() / 1000).to_string());
+        let digest = Sha1::digest(format!("{}{nonce}{time}", self.secret));
+        let checksum: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let form: Vec<(String, String)> = form.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect();
+        let key = self.key.clone();
+        let call = move || {
+            let agent: ureq::Agent = ureq::Agent::config_builder()
+                .http_status_as_error(false)
+                .timeout_global(Some(Duration::from_secs(30)))
+                .build()
+                .into();
+            let request = agent
+                .post(&url)
+                .header("AppKey", key)
+                .header("Nonce", nonce)
+                .header("CurTime", time)
+                .header("CheckSum", checksum);
+            let mut response = request.send_form(form).map_err(|error| error.to_string())?;
+            let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
+            let answer = serde_json::from_str(&text).map_err(|error| format!("{error}: {text}"))?;
+            Ok((response.status().as_u16(), answer))
+        };
+        tokio::task::spawn_blocking(call).await.unwrap()
+    }
+
+    /// Sends a broadcast that must be accepted; returns its id.
+    pub async fn broadcast(&self, body: &str, retained: bool) -> u64 {
+        let is_offline = if retained { "true" } else { "false" };
+        let answer = self.call("msg/broadcastMsg.action", &[("body", body), ("isOffline", is_offline)]).await;
+        assert_eq!(answer["code"], 200, "{answer}");
+        answer["msg"]["broadcastId"].as_u64().unwrap()
+    }
+}
