@@ -6,3 +6,4 @@
 pub mod broadcast;
 pub mod ledger;
 pub mod metrics;
+pub mod node;
