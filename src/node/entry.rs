@@ -105,7 +105,8 @@ impl Entry {
     #[must_use]
     pub fn finish(&self) -> Option<u32> {
         // Release and acquire: the last shard sees the others' counts.
-        (self.tally.shards_left.fetch_sub(1, Ordering::AcqRel) == 1).then(|| self.tally.sessions.load(Ordering::Relaxed))
+        (self.tally.shards_left.fetch_sub(1, Ordering::AcqRel) == 1)
+            .then(|| self.tally.sessions.load(Ordering::Relaxed))
     }
 }
 
@@ -116,7 +117,8 @@ pub(super) mod tests {
 
     /// A broadcast of which the tests know nothing but this.
     pub fn broadcast(id: u64, prev: u64, time_ms: u64, expires_ms: u64) -> Arc<Entry> {
-        let raw = envelope::broadcast(id, prev, time_ms, expires_ms, &format!(r#""requestId":"r{id}","body":"b{id}"}}"#));
+        let raw =
+            envelope::broadcast(id, prev, time_ms, expires_ms, &format!(r#""requestId":"r{id}","body":"b{id}"}}"#));
         let raw: Arc<[u8]> = raw.into_bytes().into();
         Arc::new(Entry::new(Envelope::read(&raw).unwrap(), &raw, 1))
     }

@@ -61,12 +61,16 @@ impl NodeSettings {
             }
         }
         if self.renew_seconds * 2 >= self.lease_seconds {
-            return Err("node.renew_seconds must be less than half of node.lease_seconds, so that one renewal may fail".into());
+            return Err(
+                "node.renew_seconds must be less than half of node.lease_seconds, so that one renewal may fail".into(),
+            );
         }
         if self.shards > 1024 {
             return Err("node.shards must be at most 1024".into());
         }
-        if self.name.len() > 64 || !self.name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-')) {
+        if self.name.len() > 64
+            || !self.name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+        {
             return Err("node.name has at most 64 characters of A-Z a-z 0-9 _ . -".into());
         }
         Ok(())

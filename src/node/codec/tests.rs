@@ -63,7 +63,8 @@ fn valid_frame() -> impl Strategy<Value = Vec<u8>> {
         "[a-zé]{3,200}".prop_map(|text| {
             let bytes = text.as_bytes();
             let (a, b) = (bytes.len() / 3, bytes.len() / 2);
-            [client(0x01, &bytes[..a]), client(0x89, b"x"), client(0x00, &bytes[a..b]), client(0x80, &bytes[b..])].concat()
+            [client(0x01, &bytes[..a]), client(0x89, b"x"), client(0x00, &bytes[a..b]), client(0x80, &bytes[b..])]
+                .concat()
         }),
     ]
 }

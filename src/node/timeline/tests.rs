@@ -80,7 +80,8 @@ fn what_is_recalled_is_not_delivered_any_more() {
 
 #[test]
 fn only_its_platforms_get_it() {
-    let raw: Arc<[u8]> = br#"{"v":1,"id":1,"prev":0,"time":1,"expires":0,"body":"x","targetOs":["ios"]}"#.as_slice().into();
+    let raw: Arc<[u8]> =
+        br#"{"v":1,"id":1,"prev":0,"time":1,"expires":0,"body":"x","targetOs":["ios"]}"#.as_slice().into();
     let entry = Entry::new(crate::broadcast::envelope::Envelope::read(&raw).unwrap(), &raw, 1);
     let mut timeline = Timeline::new(BOUNDS, 0);
     let web = new_device(&timeline, 0).0;
