@@ -181,6 +181,10 @@ impl FakeLedger {
         self.with(|state| state.joins)
     }
 
+    pub fn head(&self, app: &str) -> BroadcastId {
+        self.with(|state| state.apps[app].head)
+    }
+
     pub async fn until_left(&self, app: &str) {
         self.until("the lease is given up", |state| state.left.iter().any(|left| left.as_str() == app)).await;
     }
