@@ -9,8 +9,6 @@ pub mod guard;
 pub mod ports;
 pub mod rabbitmq;
 pub mod redis;
-#[cfg(test)]
-mod selftest;
 pub mod sender;
 pub mod stack;
 
