@@ -4,6 +4,8 @@
 //! The clock starts in the year 2100, so that a key which Redis expires by its own clock outlives the test. It moves mostly
 //! in steps of half a second, as do leases and validities, so that "exactly at its time" happens often.
 
+#![allow(clippy::unwrap_used)] // a test
+
 mod model;
 
 use std::sync::Arc;
@@ -75,7 +77,7 @@ fn the_embedded_ledger_keeps_the_rules() {
 /// Runs generated sequences on fresh pairs; `PROPTEST_CASES` overrides how many.
 fn run<A: Subject, B: Subject>(cases: u32, first: impl AsyncFn() -> A, second: impl AsyncFn() -> B) {
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(cases);
-    let config = Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
+    let config = Config { cases, failure_persistence: None, ..Config::default() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     TestRunner::new(config)
         .run(&proptest::collection::vec(operation(), 1..100), |operations| {
@@ -97,9 +99,11 @@ enum Operation {
     Leave(usize, usize),
     Subscribe(usize),
     Unsubscribe(usize),
-    /// Head, retained, recalled.
-    Restore(usize, Pick, Vec<Lost>, Vec<Pick>),
+    /// Head, retained, recalled; and whether the first of the retained is among the recalled.
+    Restore(usize, Pick, Vec<Lost>, Vec<Pick>, bool),
     Clock(i64),
+    /// To the moment when the app's nth last envelope expires, or a millisecond beside it.
+    Expiry(usize, usize, i64),
     Generation(usize),
 }
 
@@ -154,8 +158,10 @@ fn operation() -> impl Strategy<Value = Operation> {
         2 => (app.clone(), node).prop_map(|(app, node)| O::Leave(app, node)),
         3 => app.clone().prop_map(O::Subscribe),
         1 => app.clone().prop_map(O::Unsubscribe),
-        4 => (app, pick(), lost, proptest::collection::vec(pick(), 0..3))
-            .prop_map(|(app, head, lost, recalled)| O::Restore(app, head, lost, recalled)),
+        4 => (app, pick(), lost, proptest::collection::vec(pick(), 0..3), any::<bool>())
+            .prop_map(|(app, head, lost, recalled, first)| O::Restore(app, head, lost, recalled, first)),
+        6 => (0..APPS.len(), 0usize..12, select(vec![0, 0, 0, 0, -1, 1]))
+            .prop_map(|(app, nth, beside_ms)| O::Expiry(app, nth, beside_ms)),
         16 => step().prop_map(O::Clock),
         2 => (0usize..4).prop_map(O::Generation),
     ]
@@ -322,13 +328,24 @@ impl Known {
             O::Leave(key, name) => Call::Leave(app(*key), node(*name)),
             O::Subscribe(key) => Call::Subscribe(app(*key)),
             O::Unsubscribe(key) => Call::Unsubscribe(app(*key)),
-            O::Restore(key, head, lost, recalled) => {
-                let stored = lost.iter().filter_map(|lost| self.stored(*key, lost)).collect();
-                let recalled = recalled.iter().map(|pick| self.id(*key, pick)).collect();
+            O::Restore(key, head, lost, recalled, first) => {
+                let stored: Vec<_> = lost.iter().filter_map(|lost| self.stored(*key, lost)).collect();
+                let mut recalled: Vec<_> = recalled.iter().map(|pick| self.id(*key, pick)).collect();
+                recalled.extend(stored.first().filter(|_| *first).map(|stored| stored.envelope.id));
                 Call::Restore(app(*key), self.id(*key, head), stored, recalled)
             }
             O::Clock(step) => {
                 self.now_us = self.now_us.saturating_add_signed(*step);
+                Call::Clock(self.now_us)
+            }
+            O::Expiry(key, nth, beside_ms) => {
+                if let Some(raw) = self.envelopes[*key].iter().rev().nth(*nth) {
+                    let moment = Envelope::read(raw).unwrap().expires_ms.saturating_add_signed(*beside_ms) * 1000;
+                    // Further back than a clock is ever set.
+                    if moment + 2_000_000 > self.now_us {
+                        self.now_us = moment;
+                    }
+                }
                 Call::Clock(self.now_us)
             }
             O::Generation(number) => Call::Generation(format!("generation-{number}")),
@@ -433,6 +450,7 @@ async fn perform(subject: &impl Subject, call: &Call) -> Answered {
         Call::Unsubscribe(app) => format!("{:?}", ledger.unsubscribe(app).await),
         Call::Restore(app, head, retained, recalled) => {
             answered.ids.extend(retained.iter().map(|stored| (app.clone(), stored.envelope.id)));
+            answered.seen.extend(retained.iter().map(|stored| (app.clone(), stored.raw.clone())));
             format!("{:?}", ledger.restore(app, *head, retained, recalled).await)
         }
         Call::Clock(now_us) => {
