@@ -102,7 +102,7 @@ enum Operation {
     /// Head, retained, recalled; and whether the first of the retained is among the recalled.
     Restore(usize, Pick, Vec<Lost>, Vec<Pick>, bool),
     Clock(i64),
-    /// To the moment when the app's nth last envelope expires, or a millisecond beside it.
+    /// To the moment when the app's nth last envelope expires, or a millisecond beside it; and a look for it.
     Expiry(usize, usize, i64),
     Generation(usize),
 }
@@ -284,6 +284,7 @@ enum Call {
     Unsubscribe(AppKey),
     Restore(AppKey, u64, Vec<Stored>, Vec<u64>),
     Clock(u64),
+    Expiry(u64, AppKey, u64),
     Generation(String),
 }
 
@@ -339,14 +340,17 @@ impl Known {
                 Call::Clock(self.now_us)
             }
             O::Expiry(key, nth, beside_ms) => {
+                let mut id = 0;
                 if let Some(raw) = self.envelopes[*key].iter().rev().nth(*nth) {
-                    let moment = Envelope::read(raw).unwrap().expires_ms.saturating_add_signed(*beside_ms) * 1000;
+                    let envelope = Envelope::read(raw).unwrap();
+                    id = envelope.id;
+                    let moment = envelope.expires_ms.saturating_add_signed(*beside_ms) * 1000;
                     // Further back than a clock is ever set.
                     if moment + 2_000_000 > self.now_us {
                         self.now_us = moment;
                     }
                 }
-                Call::Clock(self.now_us)
+                Call::Expiry(self.now_us, app(*key), id)
             }
             O::Generation(number) => Call::Generation(format!("generation-{number}")),
         }
@@ -379,10 +383,10 @@ fn submission(sending: &Sending) -> Submission {
         request: Request {
             id: format!("request-{}", sending.request_id),
             app: app(sending.app),
-            from: if sending.request_id % 2 == 0 { String::new() } else { "ops".to_owned() },
+            from: if sending.request_id.is_multiple_of(2) { String::new() } else { "ops".to_owned() },
             body: bodies[sending.body].to_owned(),
             ttl_ms: sending.ttl_ms,
-            targets: if sending.request_id % 5 == 0 {
+            targets: if sending.request_id.is_multiple_of(5) {
                 Platforms::parse(&["web", "ios"]).unwrap()
             } else {
                 Platforms::ALL
@@ -456,6 +460,10 @@ async fn perform(subject: &impl Subject, call: &Call) -> Answered {
         Call::Clock(now_us) => {
             subject.set_clock_us(*now_us).await;
             String::new()
+        }
+        Call::Expiry(now_us, app, id) => {
+            subject.set_clock_us(*now_us).await;
+            format!("{:?}", ledger.find(app, *id).await)
         }
         Call::Generation(generation) => {
             subject.set_generation(generation).await;

@@ -113,12 +113,16 @@ async fn a_full_disk_is_said_and_leaves_what_was_there() {
     disk.full.store(true, Ordering::SeqCst);
     for i in 0..5 {
         let error = accept(&ledger, &format!("s{i}")).await.unwrap_err();
-        assert!(error.is_retryable() && error.to_string().contains("is full"), "{error}");
+        assert!(
+            error.is_retryable()
+                && error.to_string() == "the ledger is unavailable: the disk with the ledger's file is full",
+            "{error}"
+        );
     }
     assert!(reaches(&mut health, false).await.unwrap_err().contains("is full"));
 
     disk.full.store(false, Ordering::SeqCst);
-    reaches(&mut health, true).await;
+    reaches(&mut health, true).await.unwrap();
     // Nothing was published that was refused; but the node is told to look.
     assert!(matches!(next(&mut feed).await, Some(Feed::Interrupted)));
     let snapshot = ledger.join(&app("a"), &node(), LEASE, 0).await.unwrap();
@@ -137,9 +141,9 @@ async fn a_disk_that_cannot_be_read_is_noticed_by_reading() {
     let mut health = ledger.health();
     disk.unreadable.store(true, Ordering::SeqCst);
     assert!(ledger.find(&app("a"), first).await.unwrap_err().is_retryable());
-    reaches(&mut health, false).await;
+    reaches(&mut health, false).await.unwrap_err();
     disk.unreadable.store(false, Ordering::SeqCst);
-    reaches(&mut health, true).await;
+    reaches(&mut health, true).await.unwrap();
     assert_eq!(ledger.find(&app("a"), first).await.unwrap().unwrap().id, first);
 }
 
