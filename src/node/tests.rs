@@ -3,6 +3,7 @@
 use super::testing::{Device, FakeLedger, Said, online, retained};
 use super::*;
 
+mod churn;
 mod hostile;
 mod slow;
 
@@ -176,8 +177,8 @@ async fn what_the_ledger_loses_is_written_back_and_nobody_gets_it_twice() {
     let (mut device, _) = Device::online(node.port, "web", 0).await;
     node.ledger.say("demo", retained("kept"));
     let deleted = node.ledger.say("demo", retained("deleted"));
-    node.ledger.recall_now("demo", deleted);
     device.contents(2).await;
+    node.ledger.recall_now("demo", deleted);
     device.next().await;
     let head = node.ledger.head("demo");
     node.ledger.lose_everything();

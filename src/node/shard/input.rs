@@ -145,7 +145,7 @@ impl Shard {
         session.app = login.app;
         session.cursor = login.since;
         session.platform = login.platform;
-        session.place = view.join(token);
+        session.place = view.members.join(token);
         if view.timeline.is_some() {
             self.welcome(token);
         } else if !std::mem::replace(&mut view.is_wanted, true) {

@@ -43,7 +43,7 @@ impl Shard {
                 let (app, place) = (session.app, session.place);
                 self.shared.desk.left(app);
                 if let Some(view) = self.views.get_mut(app as usize)
-                    && let Some(moved) = view.part(place)
+                    && let Some(moved) = view.members.part(place)
                     && let Some(moved) = self.sessions.get_mut(key(moved))
                 {
                     moved.place = place;

@@ -6,6 +6,7 @@
 mod inbox;
 mod input;
 mod leave;
+mod members;
 mod session;
 mod sweep;
 mod timers;

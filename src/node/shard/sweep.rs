@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use mio::Token;
 
+use super::members::Members;
 use super::session::State;
 use super::{Shard, key};
 use crate::broadcast::BroadcastId;
@@ -15,7 +16,7 @@ use crate::node::login::AppIndex;
 use crate::node::timeline::{Reader, Timeline};
 
 /// How many sessions are swept before logins and pongs have their turn.
-const SLICE: usize = 1024;
+const SLICE: usize = if cfg!(test) { 3 } else { 1024 };
 
 /// Up to so many bytes, what several broadcasts say is put together once and sent to each session in one piece.
 const MAX_BATCH: usize = 64 * 1024;
@@ -27,20 +28,11 @@ pub struct View {
     pub timeline: Option<Timeline>,
     /// Whether the presence task was asked for it.
     pub is_wanted: bool,
-    members: Vec<Token>,
-    sweep: Sweep,
-}
-
-#[derive(Default)]
-struct Sweep {
-    /// The next place to visit, going round.
-    at: usize,
-    /// Places still to visit; 0 if no sweep is under way.
-    left: usize,
+    /// Its sessions on this shard.
+    pub members: Members,
+    /// When the sweep that is under way began.
     started: Option<Instant>,
-    /// Members that were moved to a place that may have been visited already.
-    moved: Vec<Token>,
-    /// What is being delivered.
+    /// What it delivers.
     entries: Vec<Arc<Entry>>,
 }
 
@@ -79,28 +71,6 @@ impl Batch {
     }
 }
 
-impl View {
-    /// Adds a session; returns its place.
-    pub fn join(&mut self, token: Token) -> u32 {
-        self.members.push(token);
-        u32::try_from(self.members.len() - 1).unwrap_or(u32::MAX)
-    }
-
-    /// Takes out the session at `place`; returns the one that is there now.
-    pub fn part(&mut self, place: u32) -> Option<Token> {
-        let place = place as usize;
-        if place >= self.members.len() {
-            return None;
-        }
-        self.members.swap_remove(place);
-        let moved = self.members.get(place).copied();
-        if self.sweep.left > 0 {
-            self.sweep.moved.extend(moved);
-        }
-        moved
-    }
-}
-
 impl Shard {
     /// Takes a timeline, in place of an older copy if there is one, and sweeps: those who wait are welcomed.
     pub(super) fn open(&mut self, app: AppIndex, timeline: Timeline) {
@@ -134,14 +104,13 @@ impl Shard {
 
     fn start_sweep(&mut self, app: AppIndex, entries: &[Arc<Entry>]) {
         let Some(view) = self.views.get_mut(app as usize) else { return };
-        let sweep = &mut view.sweep;
-        if sweep.started.is_none() {
-            sweep.started = Some(Instant::now());
+        if view.started.is_none() {
+            view.started = Some(Instant::now());
             self.sweeping.push_back(app);
         }
-        // Once round from here: those who were visited before this came are visited again.
-        sweep.left = view.members.len();
-        sweep.entries.extend_from_slice(entries);
+        // Those who were visited before this came are visited again.
+        view.members.begin();
+        view.entries.extend_from_slice(entries);
     }
 
     /// One slice of each sweep that is under way.
@@ -161,22 +130,7 @@ impl Shard {
         let now_ms = self.shared.clock.now_ms();
         let mut batches: Vec<Batch> = Vec::new();
         for _ in 0..SLICE {
-            let Some(view) = self.views.get_mut(app as usize) else { break };
-            let sweep = &mut view.sweep;
-            let token = if let Some(token) = sweep.moved.pop() {
-                token
-            } else if sweep.left == 0 || view.members.is_empty() {
-                sweep.left = 0;
-                break;
-            } else {
-                if sweep.at >= view.members.len() {
-                    sweep.at = 0;
-                }
-                let token = view.members[sweep.at];
-                sweep.at += 1;
-                sweep.left -= 1;
-                token
-            };
+            let Some(token) = self.views.get_mut(app as usize).and_then(|view| view.members.visit()) else { break };
             self.visit(app, token, now_ms, &mut batches);
         }
         for batch in batches {
@@ -185,7 +139,7 @@ impl Shard {
             }
             self.delivered += u64::from(batch.sessions) * batch.entries.len() as u64;
         }
-        self.views.get(app as usize).is_none_or(|view| view.sweep.left == 0 && view.sweep.moved.is_empty())
+        self.views.get(app as usize).is_none_or(|view| !view.members.is_under_way())
     }
 
     /// Sends one session what it has not had.
@@ -248,8 +202,8 @@ impl Shard {
 
     fn end_sweep(&mut self, app: AppIndex) {
         let Some(view) = self.views.get_mut(app as usize) else { return };
-        let entries = std::mem::take(&mut view.sweep.entries);
-        let Some(started) = view.sweep.started.take() else { return };
+        let entries = std::mem::take(&mut view.entries);
+        let Some(started) = view.started.take() else { return };
         if entries.is_empty() {
             return;
         }

@@ -86,7 +86,7 @@ impl Timers {
 }
 
 fn due(queue: &mut VecDeque<(Instant, Token)>, now: Instant) -> Option<Token> {
-    queue.pop_front_if(|(at, _)| *at <= now).map(|(_, token)| token)
+    if queue.front()?.0 <= now { queue.pop_front().map(|(_, token)| token) } else { None }
 }
 
 impl Shard {
