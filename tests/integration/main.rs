@@ -5,4 +5,5 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
+mod submitter;
 mod support;
