@@ -9,11 +9,11 @@ use tokio::time::{sleep, timeout};
 use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
+use crate::backoff::Backoff;
 use crate::broadcast::BroadcastId;
 use crate::broadcast::verdict::code;
 
-/// Pauses between two connections: the first, and the most. A random half is taken off, so that devices do not come back
-/// in step.
+/// Pauses between two connections: the first, and the most.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// A server's wish for a pause is kept up to this.
@@ -118,14 +118,14 @@ pub struct Device {
     login: Login,
     socket: Option<WebSocketStream<MaybeTlsStream<TcpStream>>>,
     pause: Duration,
-    failures: u32,
+    backoff: Backoff,
 }
 
 impl Device {
     /// Connects at the first [`Device::next`].
     #[must_use]
     pub const fn new(login: Login) -> Self {
-        Self { login, socket: None, pause: Duration::ZERO, failures: 0 }
+        Self { login, socket: None, pause: Duration::ZERO, backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE) }
     }
 
     /// Waits for what happens next; reconnects from its cursor after the announced pause.
@@ -171,7 +171,7 @@ impl Device {
     fn read(&mut self, text: &str) -> Result<Option<Happening>, Refused> {
         match serde_json::from_str(text) {
             Ok(Frame::Welcome { head }) => {
-                self.failures = 0;
+                self.backoff.reset();
                 Ok(Some(Happening::Welcome(head)))
             }
             Ok(Frame::Broadcast(broadcast)) => {
@@ -190,16 +190,9 @@ impl Device {
 
     fn away(&mut self, why: String, wish: Option<Duration>) -> Happening {
         self.socket = None;
-        self.pause = wish.unwrap_or_else(|| backoff(self.failures, fastrand::f64()));
-        self.failures = self.failures.saturating_add(1);
+        self.pause = wish.unwrap_or_else(|| self.backoff.next_delay());
         Happening::Away(why, self.pause)
     }
-}
-
-/// `random`: from 0 to 1.
-fn backoff(failures: u32, random: f64) -> Duration {
-    let pause = FIRST_PAUSE.saturating_mul(2u32.saturating_pow(failures)).min(LONGEST_PAUSE);
-    pause.mul_f64(0.5 + random / 2.0)
 }
 
 /// The pause that a server which goes away asks for: `{"reconnectAfterMs":N}` as the close reason.

@@ -7,4 +7,5 @@
 
 mod differential;
 mod selftest;
+mod submitter;
 mod support;
