@@ -209,14 +209,20 @@ impl Process {
     }
 
     /// SIGTERM, and the end; fails the test at the deadline.
-    pub fn drain(&mut self, deadline: Duration) -> ExitStatus {
+    pub async fn drain(&mut self, deadline: Duration) -> ExitStatus {
         self.term();
-        self.wait(deadline)
+        self.wait(deadline).await
     }
 
     /// Waits for its end; fails the test at the deadline.
-    pub fn wait(&mut self, deadline: Duration) -> ExitStatus {
-        let status = self.running.as_mut().expect("it runs").wait(deadline);
+    pub async fn wait(&mut self, deadline: Duration) -> ExitStatus {
+        let output = self.folder.join("output");
+        let running = self.running.as_mut().expect("it runs");
+        let status = until("at its end", deadline, async || match running.ended() {
+            Some(status) => Ok(status),
+            None => Err(std::fs::read_to_string(&output).unwrap_or_default()),
+        })
+        .await;
         self.running = None;
         status
     }

@@ -72,6 +72,15 @@ impl Checker {
         }
     }
 
+    /// Notes the verdicts of many requests, which must all be accepted.
+    pub fn all_accepted(&mut self, requests: &[Value], replies: &[Value]) {
+        assert_eq!(requests.len(), replies.len());
+        for (request, reply) in requests.iter().zip(replies) {
+            assert_eq!(reply["code"], 200, "{reply}");
+            self.verdict(request, reply).unwrap();
+        }
+    }
+
     /// Notes that a request ended as a dead letter.
     pub fn dead_lettered(&mut self, request_id: &str) {
         self.ended.insert(request_id.to_owned());

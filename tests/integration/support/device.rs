@@ -50,6 +50,7 @@ pub struct Device {
     socket: Option<WebSocketStream<MaybeTlsStream<TcpStream>>>,
     cursor: u64,
     head: u64,
+    pending: u64,
     history: Vec<Arrival>,
     recalls: Vec<u64>,
 }
@@ -65,6 +66,7 @@ impl Device {
             socket: None,
             cursor: 0,
             head: 0,
+            pending: 0,
             history: Vec::new(),
             recalls: Vec::new(),
         }
@@ -100,6 +102,7 @@ impl Device {
                         return Err(format!("no welcome but {frame}"));
                     }
                     self.head = frame["head"].as_u64().expect("a welcome names the head");
+                    self.pending = frame["pending"].as_u64().expect("a welcome says how many follow at once");
                     break;
                 }
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
@@ -109,12 +112,20 @@ impl Device {
             }
         }
         self.socket = Some(socket);
+        self.advance();
         Ok(())
     }
 
     /// A token for this device that is valid for so many more seconds.
     pub fn token(&self, seconds: i64) -> String {
         token(&self.app.key, &self.account, &self.app.secret, seconds)
+    }
+
+    /// Once what was pending at login has arrived, everything up to the head has been had.
+    fn advance(&mut self) {
+        if self.pending == 0 {
+            self.cursor = self.cursor.max(self.head);
+        }
     }
 
     /// Drops the connection without a word.
@@ -127,9 +138,10 @@ impl Device {
         self.cursor
     }
 
-    /// Presents another one at the next login; 0 is a new installation.
-    pub fn set_cursor(&mut self, cursor: u64) {
+    /// A new installation, or one that was last online when the broadcast of this id came.
+    pub fn with_cursor(mut self, cursor: u64) -> Self {
         self.cursor = cursor;
+        self
     }
 
     /// The app's newest id as of the last welcome.
@@ -181,7 +193,9 @@ impl Device {
                     content: string("content"),
                     arrived_ms: now_ms(),
                 };
-                self.cursor = arrival.id;
+                self.cursor = self.cursor.max(arrival.id);
+                self.pending = self.pending.saturating_sub(1);
+                self.advance();
                 self.history.push(arrival.clone());
                 Event::Broadcast(arrival)
             }
@@ -194,12 +208,34 @@ impl Device {
         }
     }
 
+    /// Reads until the server closes; the code of the close frame, if there was one.
+    pub async fn closed(&mut self, deadline: Duration) -> Option<u16> {
+        let deadline = Instant::now() + deadline;
+        loop {
+            match self.next(deadline).await {
+                Some(Event::Closed(code)) => return code,
+                Some(_) => {}
+                None => panic!("{} was not closed in time", self.name),
+            }
+        }
+    }
+
     /// The next thing to come is a broadcast.
     pub async fn expect_broadcast(&mut self, deadline: Duration) -> Arrival {
         match self.next(Instant::now() + deadline).await {
             Some(Event::Broadcast(arrival)) => arrival,
             other => panic!("{} expected a broadcast in {deadline:?}, not {other:?}", self.name),
         }
+    }
+
+    /// The contents of the next broadcasts, up to and with this one, which makes the test's last step certain to have
+    /// happened. Nothing else may come.
+    pub async fn contents_up_to(&mut self, last: &str) -> Vec<String> {
+        let mut contents = Vec::new();
+        while contents.last().is_none_or(|content| content != last) {
+            contents.push(self.expect_broadcast(SOON).await.content);
+        }
+        contents
     }
 
     /// The next thing to come is a recall.

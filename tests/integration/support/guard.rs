@@ -74,13 +74,15 @@ pub struct Guarded {
 }
 
 impl Guarded {
-    /// Runs a program with its standard output and error appended to `output`. The environment is this process's without
-    /// `BROADCASTD__*`, and `environment`.
+    /// Runs a program with its standard output and error appended to `output`. The environment is this process's, without
+    /// what could point at somebody's real servers, and `environment`.
     pub fn spawn(name: &str, program: &[&str], environment: &BTreeMap<String, String>, output: &Path) -> Self {
         let log = File::options().create(true).append(true).open(output).unwrap();
         let mut command = Command::new("sh");
-        for (key, _) in std::env::vars().filter(|(key, _)| key.starts_with("BROADCASTD")) {
-            command.env_remove(key);
+        for (key, _) in std::env::vars() {
+            if ["BROADCASTD", "RABBITMQ_", "ERL_"].iter().any(|prefix| key.starts_with(prefix)) {
+                command.env_remove(key);
+            }
         }
         let mut child = command
             .args(["-c", WAIT_THEN_RUN, name])

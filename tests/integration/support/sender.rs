@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use futures_util::future::join_all;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions,
     QueueDeclareOptions, QueueDeleteOptions,
@@ -84,11 +85,18 @@ impl Amqp {
 
     /// Puts a message on the queue of requests and waits for the broker to have it.
     pub async fn publish(&self, payload: &[u8], properties: BasicProperties) {
+        self.try_publish(payload, properties).await.unwrap();
+    }
+
+    /// The same; a sentence if the broker did not take it, or had no queue for it.
+    pub async fn try_publish(&self, payload: &[u8], properties: BasicProperties) -> Result<(), String> {
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let sent = self.channel.basic_publish("broadcast".into(), "request".into(), options, payload, properties).await;
-        let confirmation = sent.unwrap().await.unwrap();
-        assert!(confirmation.is_ack(), "the broker did not take it");
-        assert!(confirmation.take_message().is_none(), "no queue takes requests");
+        let confirmation = sent.map_err(|error| error.to_string())?.await.map_err(|error| error.to_string())?;
+        if !confirmation.is_ack() {
+            return Err("the broker did not take it".to_owned());
+        }
+        confirmation.take_message().map_or(Ok(()), |_| Err("no queue takes requests".to_owned()))
     }
 
     /// Sends it without a wish for a reply.
@@ -118,6 +126,18 @@ impl Amqp {
             }
         };
         tokio::time::timeout(SOON, wait).await.unwrap_or_else(|_| panic!("no reply to {correlation} in {SOON:?}"))
+    }
+
+    /// Sends requests all at once and waits for all verdicts, in order.
+    pub async fn burst(&self, requests: &[Value]) -> Vec<Value> {
+        let payloads: Vec<String> = requests.iter().map(Value::to_string).collect();
+        let asked = join_all(payloads.iter().map(|payload| self.ask(payload.as_bytes()))).await;
+        join_all(asked.iter().map(|correlation| self.reply(correlation))).await
+    }
+
+    /// How many replies have come, whatever they say.
+    pub fn replies(&self) -> usize {
+        self.replies.by_correlation.lock().unwrap().len()
     }
 
     /// Sends a request and waits for its verdict.
