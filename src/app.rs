@@ -165,8 +165,7 @@ fn start_worker(settings: Settings, directory: Directory, metrics: &Metrics, sto
     let ledger: Arc<dyn Ledger> = Arc::new(RedisLedger::start(settings.redis, settings.ledger));
     let (health, amqp) = watch::channel(Err("not connected yet".to_owned()));
     let redis = ledger.health();
-    let worker =
-        Worker { settings: settings.worker, amqp: settings.amqp, directory, ledger, metrics: metrics.clone() };
+    let worker = Worker { settings: settings.worker, amqp: settings.amqp, directory, ledger, metrics: metrics.clone() };
     let end = worker.run(health, stop.clone()).map(Ok).boxed();
     Running { dependencies: vec![("redis", redis), ("amqp", amqp)], public: None, end }
 }
@@ -224,15 +223,8 @@ fn start_standalone(
     let (hand_off, handed_over) = mpsc::channel(HAND_OFF_CAPACITY);
     let health = ledger.health();
     let abort = CancellationToken::new();
-    let node = Node::start(
-        settings.node,
-        &directory,
-        ledger.clone(),
-        metrics.clone(),
-        listener,
-        Some(hand_off),
-        &abort,
-    )?;
+    let node =
+        Node::start(settings.node, &directory, ledger.clone(), metrics.clone(), listener, Some(hand_off), &abort)?;
     let dependencies = vec![("store", health), ("node", node.ready())];
     let public = Some(node.local_addr());
     let direct = DirectSubmitter::new(ledger.clone(), metrics.clone(), settings.api.reply_timeout());

@@ -19,11 +19,15 @@ use tokio_util::sync::CancellationToken;
 /// A backend enqueues one request (AMQP, or HTTP through `api`); a `worker` decides, stores and publishes it in one step; every
 /// `node` delivers it to its devices over WebSocket; devices that log in later get what was sent for them meanwhile.
 #[derive(Parser)]
-#[command(version, max_term_width = 110, after_help = "\
+#[command(
+    version,
+    max_term_width = 110,
+    after_help = "\
 Try it:          broadcastd demo
 One machine:     broadcastd --config apps.toml standalone
 In production:   broadcastd --config broadcastd.toml worker   (and api, and node: as many of each as needed)
-Every setting, with its default and meaning:  broadcastd config defaults")]
+Every setting, with its default and meaning:  broadcastd config defaults"
+)]
 pub(crate) struct Cli {
     #[command(flatten)]
     sources: SourceArgs,

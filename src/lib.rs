@@ -6,10 +6,13 @@
 pub mod admin;
 pub mod amqp;
 pub mod api;
+pub mod app;
 pub mod backoff;
 pub mod broadcast;
 pub mod command;
 pub mod ledger;
 pub mod metrics;
+pub mod node;
+pub mod settings;
 pub mod telemetry;
 pub mod worker;

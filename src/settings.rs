@@ -195,11 +195,7 @@ fn merged(sources: &Sources) -> Result<Config, SettingsError> {
     ]));
     let mut apps = config.get_array("apps").unwrap_or_default();
     apps.push(demo);
-    Config::builder()
-        .add_source(config)
-        .set_override("apps", apps)
-        .and_then(config::ConfigBuilder::build)
-        .map_err(explain)
+    Config::builder().add_source(config).set_override("apps", apps).and_then(|builder| builder.build()).map_err(explain)
 }
 
 fn secret_from(what: &str, path: &Path) -> Result<SecretString, SettingsError> {
@@ -317,11 +313,9 @@ mod tests {
         };
         let secret = folder.path().join("secret");
         std::fs::write(&secret, "s3cret\n").unwrap();
-        let settings = load(&format!(
-            "[[apps]]\nkey = \"Shop\"\nsecret_file = {:?}\nper_minute = 3\n",
-            secret.to_string_lossy()
-        ))
-        .unwrap();
+        let settings =
+            load(&format!("[[apps]]\nkey = \"Shop\"\nsecret_file = {:?}\nper_minute = 3\n", secret.to_string_lossy()))
+                .unwrap();
         let directory = settings.directory().unwrap();
         let app = directory.get("Shop").unwrap();
         assert_eq!(app.secret.expose_secret(), "s3cret");

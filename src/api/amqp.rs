@@ -14,12 +14,13 @@ use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionStatus
 use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::{oneshot, watch};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::submit::Outcome;
-use crate::amqp::{AmqpSettings, connect};
+use crate::amqp::{AmqpSettings, connect, describe};
+use crate::backoff::Backoff;
 use crate::broadcast::platform::Platforms;
 use crate::broadcast::request::{MAX_DEDUPE_MS, Request};
 use crate::broadcast::verdict::code;
@@ -30,7 +31,7 @@ const REPLY_TO: &str = "amq.rabbitmq.reply-to";
 pub const ENQUEUED_AT: &str = "x-enqueued-at-ms";
 /// Building a session takes no longer than this.
 const BUILD: Duration = Duration::from_secs(10);
-/// Pauses between two builds: the first, and the most. A random half is taken off.
+/// Pauses between two builds: the first, and the most.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -275,7 +276,7 @@ async fn supervise(
     health: watch::Sender<Result<(), String>>,
     shutdown: CancellationToken,
 ) {
-    let mut pause = FIRST_PAUSE;
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
         let built = tokio::select! {
             built = timeout(BUILD, build(&settings)) => built,
@@ -287,7 +288,7 @@ async fn supervise(
                 link.send_replace(Some(Arc::clone(&built)));
                 let _ = health.send_replace(Ok(()));
                 tracing::info!("connected to the message broker");
-                pause = FIRST_PAUSE;
+                backoff.reset();
                 let problem = tokio::select! {
                     problem = run(&connection, &built, consumer, &health) => problem,
                     () = shutdown.cancelled() => {
@@ -309,10 +310,9 @@ async fn supervise(
         tracing::warn!(problem, "the message broker is unavailable; connecting again");
         let _ = health.send_replace(Err(problem));
         tokio::select! {
-            () = sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
+            () = backoff.wait() => {}
             () = shutdown.cancelled() => return,
         }
-        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
@@ -370,17 +370,6 @@ async fn run(
                 None => return "the connection ended".to_owned(),
             },
         }
-    }
-}
-
-/// What went wrong, without anything of the address: that may hold a password.
-fn describe(error: &lapin::Error) -> String {
-    match error.kind() {
-        ErrorKind::IOError(error) => format!("input/output: {}", error.kind()),
-        ErrorKind::ProtocolError(error) => format!("the broker answered {}", error.get_id()),
-        ErrorKind::MissingHeartbeatError => "no heartbeat".to_owned(),
-        ErrorKind::InvalidConnectionState(_) | ErrorKind::InvalidChannelState(..) => "the connection ended".to_owned(),
-        _ => "the connection failed".to_owned(),
     }
 }
 

@@ -43,6 +43,21 @@ pub struct ApiSettings {
 }
 
 impl ApiSettings {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn validate(&self) -> Result<(), String> {
+        if self.reply_timeout_ms == 0 || self.max_in_flight == 0 || self.checksum_window_seconds == 0 {
+            return Err("api.reply_timeout_ms, api.max_in_flight and api.checksum_window_seconds are at least 1".into());
+        }
+        // A body of 4096 characters of four bytes each, percent-encoded.
+        if self.max_body_bytes < 50_000 {
+            return Err("api.max_body_bytes is at least 50000: the largest broadcast must fit".into());
+        }
+        Ok(())
+    }
+
     /// [`ApiSettings::reply_timeout_ms`] as a duration.
     #[must_use]
     pub const fn reply_timeout(&self) -> Duration {

@@ -7,6 +7,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::amqp::AmqpSubmitter;
+use crate::backoff::Backoff;
 use crate::broadcast::BroadcastId;
 use crate::broadcast::request::Submission;
 use crate::broadcast::verdict::{Decision, Verdict};
@@ -32,6 +33,7 @@ pub enum Outcome {
 }
 
 /// The two ways.
+#[allow(clippy::large_enum_variant, reason = "there is one in a process")]
 pub enum Submitter {
     /// To a worker.
     Amqp(AmqpSubmitter),
@@ -56,7 +58,7 @@ pub struct DirectSubmitter {
     reply_timeout: Duration,
 }
 
-/// The first pause between two tries; each further one is twice as long, up to [`LONGEST_PAUSE`], less a random part.
+/// Pauses between two tries: the first, and the most.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
@@ -69,7 +71,7 @@ impl DirectSubmitter {
 
     async fn submit(&self, submission: &Submission) -> Outcome {
         let deadline = Instant::now() + self.reply_timeout;
-        let mut pause = FIRST_PAUSE;
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             let started = Instant::now();
             let batch = std::slice::from_ref(submission);
@@ -88,13 +90,12 @@ impl DirectSubmitter {
                 }
                 Some(Err(LedgerError::Unavailable(_))) | None => {
                     // A timed-out try may have been accepted: the same request again finds its own verdict.
-                    let wait = pause.mul_f64(0.5 + fastrand::f64() / 2.0);
+                    let wait = backoff.next_delay();
                     if Instant::now() + wait >= deadline {
                         return Outcome::Unknown("the ledger is unavailable");
                     }
                     self.metrics.ledger_retries.inc();
                     tokio::time::sleep(wait).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
                 }
             }
         }

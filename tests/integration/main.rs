@@ -6,11 +6,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
 mod cluster;
+mod differential;
 mod drain;
 mod end_to_end;
 mod faults;
 mod requests;
 mod retained;
+mod selftest;
 mod settings;
 mod standalone;
+mod submitter;
 mod support;

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use tokio::task::JoinSet;
 
 use self::disk::Disk;
-use self::support::{LEASE, NOW_US, SETTINGS, accepted, app, clock, ids, node, submission};
+use self::support::{LEASE, NOW_US, SETTINGS, accepted, app, clock, ids, next, node, reaches, submission, until};
 use super::*;
 use crate::broadcast::GENERATION_JUMP;
 use crate::broadcast::verdict::{Accepted, Decision};
@@ -108,24 +108,28 @@ async fn a_full_disk_is_said_and_leaves_what_was_there() {
     ledger.subscribe(&app("a")).await.unwrap();
     ledger.join(&app("a"), &node(), LEASE, 0).await.unwrap();
     let first = accepted(accept(&ledger, "r1").await);
-    assert!(matches!(feed.recv().await, Some(Feed::Published(..))));
+    assert!(matches!(next(&mut feed).await, Some(Feed::Published(..))));
 
     disk.full.store(true, Ordering::SeqCst);
     for i in 0..5 {
         let error = accept(&ledger, &format!("s{i}")).await.unwrap_err();
-        assert!(error.is_retryable() && error.to_string().contains("is full"), "{error}");
+        assert!(
+            error.is_retryable()
+                && error.to_string() == "the ledger is unavailable: the disk with the ledger's file is full",
+            "{error}"
+        );
     }
-    assert!(health.wait_for(Result::is_err).await.unwrap().clone().unwrap_err().contains("is full"));
+    assert!(reaches(&mut health, false).await.unwrap_err().contains("is full"));
 
     disk.full.store(false, Ordering::SeqCst);
-    health.wait_for(Result::is_ok).await.unwrap();
+    reaches(&mut health, true).await.unwrap();
     // Nothing was published that was refused; but the node is told to look.
-    assert!(matches!(feed.recv().await, Some(Feed::Interrupted)));
+    assert!(matches!(next(&mut feed).await, Some(Feed::Interrupted)));
     let snapshot = ledger.join(&app("a"), &node(), LEASE, 0).await.unwrap();
     assert_eq!((ids(&snapshot.log), snapshot.head), (vec![first.id], first.id));
     assert!(accepted(accept(&ledger, "r1").await).repeated);
     assert!(!accepted(accept(&ledger, "s1").await).repeated);
-    assert!(matches!(feed.recv().await, Some(Feed::Published(..))));
+    assert!(matches!(next(&mut feed).await, Some(Feed::Published(..))));
 }
 
 #[tokio::test]
@@ -137,9 +141,9 @@ async fn a_disk_that_cannot_be_read_is_noticed_by_reading() {
     let mut health = ledger.health();
     disk.unreadable.store(true, Ordering::SeqCst);
     assert!(ledger.find(&app("a"), first).await.unwrap_err().is_retryable());
-    health.wait_for(Result::is_err).await.unwrap();
+    reaches(&mut health, false).await.unwrap_err();
     disk.unreadable.store(false, Ordering::SeqCst);
-    health.wait_for(Result::is_ok).await.unwrap();
+    reaches(&mut health, true).await.unwrap();
     assert_eq!(ledger.find(&app("a"), first).await.unwrap().unwrap().id, first);
 }
 
@@ -170,17 +174,15 @@ async fn what_cannot_be_opened_says_why() {
 async fn those_who_wait_together_share_a_flush_and_all_get_an_answer() {
     let disk = Disk::default();
     let ledger = Arc::new(disk.open(clock().1).unwrap());
-    disk.hold(true);
+    let held = disk.hold();
     let mut waiting = JoinSet::new();
     for i in 0..200 {
         let ledger = ledger.clone();
         waiting.spawn(async move { accepted(accept(&ledger, &format!("r{i}")).await).id });
     }
-    while ledger.places.available_permits() > QUEUE - 200 {
-        tokio::task::yield_now().await;
-    }
+    until(|| ledger.places.available_permits() == QUEUE - 200).await;
     let before = disk.syncs.load(Ordering::SeqCst);
-    disk.hold(false);
+    drop(held);
     let mut ids = waiting.join_all().await;
     ids.sort_unstable();
     ids.dedup();
@@ -207,7 +209,7 @@ async fn publishes_come_in_the_order_of_the_ids() {
     }
     let mut last = 0;
     for _ in 0..320 {
-        let Some(Feed::Published(_, raw)) = feed.recv().await else { panic!("an envelope") };
+        let Some(Feed::Published(_, raw)) = next(&mut feed).await else { panic!("an envelope") };
         let envelope = Envelope::read(&raw).unwrap();
         assert_eq!(envelope.prev, last);
         last = envelope.id;
@@ -224,16 +226,14 @@ async fn nobody_is_told_before_it_is_durable() {
     ledger.subscribe(&app("a")).await.unwrap();
     ledger.join(&app("a"), &node(), LEASE, 0).await.unwrap();
     let syncs = disk.syncs.load(Ordering::SeqCst);
-    disk.hold(true);
+    let held = disk.hold();
     let sender = tokio::spawn({
         let ledger = ledger.clone();
         async move { accepted(accept(&ledger, "r").await) }
     });
-    while disk.syncs.load(Ordering::SeqCst) == syncs {
-        tokio::task::yield_now().await;
-    }
+    until(|| disk.syncs.load(Ordering::SeqCst) > syncs).await;
     assert!(feed.try_recv().is_err() && !sender.is_finished());
-    disk.hold(false);
+    drop(held);
     sender.await.unwrap();
     assert!(feed.try_recv().is_ok(), "published before the sender is answered");
 }
@@ -314,4 +314,19 @@ async fn ids_jump_for_the_first_broadcast_and_for_another_generation_only() {
     assert_eq!(id("4").await, first + 3 + GENERATION_JUMP);
     ledger.set_generation("third");
     assert_eq!(id("5").await, first + 4 + 2 * GENERATION_JUMP);
+}
+
+#[tokio::test]
+async fn a_clock_that_steps_back_brings_no_request_id_to_life() {
+    let (time, clock) = clock();
+    let ledger = EmbeddedLedger::in_memory(SETTINGS, clock).unwrap();
+    let mut first = submission("a", "r1", false);
+    first.request.dedupe_ms = 1000;
+    let batch = [first];
+    let id = accepted(ledger.accept(&batch).await.remove(0)).id;
+    time.fetch_add(2_000_000, Ordering::SeqCst);
+    accepted(accept(&ledger, "r2").await);
+    time.fetch_sub(1_500_000, Ordering::SeqCst);
+    let again = accepted(ledger.accept(&batch).await.remove(0));
+    assert_eq!((again.id, again.repeated), (id, true));
 }

@@ -155,7 +155,7 @@ impl Writer {
             }
             Err(failure) => {
                 let error = LedgerError::from(&failure);
-                self.fail(&error);
+                self.fail(&failure);
                 jobs.into_iter().for_each(|job| job.fail(&error));
             }
         }
@@ -244,7 +244,7 @@ impl Writer {
     }
 
     /// Whether the transaction that failed is on the disk is unknown until the file is opened again; either way it is whole.
-    fn fail(&mut self, reason: &LedgerError) {
+    fn fail(&mut self, reason: &Failure) {
         self.shared.suspect.store(false, Ordering::Release);
         if self.failed.is_none() {
             error!(%reason, "the ledger's file fails; reopening it until it works again");
@@ -275,7 +275,7 @@ impl Writer {
             }
             Err(failure) => {
                 self.failed = Some(Instant::now());
-                self.shared.tell(Err(LedgerError::from(&failure).to_string()));
+                self.shared.tell(Err(failure.to_string()));
             }
         }
     }

@@ -430,3 +430,10 @@ fn read_decision(value: &Value) -> Result<Decision, LedgerError> {
         _ => Err(unexpected()),
     }
 }
+
+/// The accept script's text, for the benchmark's floor: a consumer that calls it and does nothing else.
+#[doc(hidden)]
+#[must_use]
+pub fn accept_script() -> String {
+    Scripts::new(None).accept.text
+}

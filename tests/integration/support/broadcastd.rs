@@ -119,6 +119,11 @@ impl Process {
         self.running = Some(Guarded::spawn(&name, &program, &self.environment, &self.folder.join("output")));
     }
 
+    /// Its process id, while it runs.
+    pub fn pid(&self) -> u32 {
+        self.running.as_ref().expect("it runs").pid()
+    }
+
     /// Runs it and waits until it is ready.
     pub async fn start(mut self) -> Self {
         self.spawn();

@@ -9,7 +9,6 @@ pub mod guard;
 pub mod ports;
 pub mod rabbitmq;
 pub mod redis;
-mod selftest;
 pub mod sender;
 pub mod stack;
 

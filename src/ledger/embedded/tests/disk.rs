@@ -38,6 +38,16 @@ struct Bytes {
     flushed: Vec<u8>,
 }
 
+/// See [`Disk::hold`].
+pub struct Held(Arc<(Mutex<bool>, Condvar)>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        *self.0.0.lock().unwrap() = false;
+        self.0.1.notify_all();
+    }
+}
+
 impl Disk {
     pub fn of(image: Vec<u8>) -> Self {
         let disk = Self::default();
@@ -54,10 +64,10 @@ impl Disk {
         EmbeddedLedger::start(Path::new("(disk)"), opener, SETTINGS, clock)
     }
 
-    /// While `held`, every flush waits.
-    pub fn hold(&self, held: bool) {
-        *self.held.0.lock().unwrap() = held;
-        self.held.1.notify_all();
+    /// Until it is dropped, every flush waits.
+    pub fn hold(&self) -> Held {
+        *self.held.0.lock().unwrap() = true;
+        Held(self.held.clone())
     }
 
     fn change(&self, change: impl FnOnce(&mut Bytes)) -> Result<()> {

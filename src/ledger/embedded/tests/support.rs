@@ -4,13 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
 use crate::broadcast::app::AppKey;
 use crate::broadcast::platform::Platforms;
 use crate::broadcast::quota::Limits;
 use crate::broadcast::request::{Request, Submission};
 use crate::broadcast::verdict::{Accepted, Decision};
 use crate::ledger::embedded::Clock;
-use crate::ledger::{LedgerError, LedgerSettings, NodeName, Stored};
+use crate::ledger::{Feed, LedgerError, LedgerSettings, NodeName, Stored};
 
 pub const NOW_US: u64 = 1_764_000_000_000_000;
 pub const SETTINGS: LedgerSettings = LedgerSettings { log_length: 1000, log_hours: 168 };
@@ -54,4 +57,25 @@ pub fn accepted(decision: Result<Decision, LedgerError>) -> Accepted {
 
 pub fn ids(stored: &[Stored]) -> Vec<u64> {
     stored.iter().map(|entry| entry.envelope.id).collect()
+}
+
+/// Longer than any of this takes; only a failing test waits for it.
+const LONG: Duration = Duration::from_secs(30);
+
+pub async fn until(condition: impl Fn() -> bool) {
+    let come = async {
+        while !condition() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(LONG, come).await.expect("it never comes");
+}
+
+pub async fn next(feed: &mut mpsc::Receiver<Feed>) -> Option<Feed> {
+    timeout(LONG, feed.recv()).await.expect("nothing is published")
+}
+
+/// Waits for health, or for the want of it.
+pub async fn reaches(health: &mut watch::Receiver<Result<(), String>>, well: bool) -> Result<(), String> {
+    timeout(LONG, health.wait_for(|health| health.is_ok() == well)).await.expect("it stays as it is").unwrap().clone()
 }

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::guard::{Guarded, folder};
-use super::rabbitmq::RabbitMq;
-use super::redis::{Redis, RedisCluster};
-use super::{SOON, ports, until_blocking};
+use crate::support::guard::{Guarded, folder};
+use crate::support::rabbitmq::RabbitMq;
+use crate::support::redis::{Redis, RedisCluster};
+use crate::support::{SOON, ports, until_blocking};
 
 #[test]
 fn a_free_port_is_handed_out_once() {

@@ -1,0 +1,46 @@
+//! The benchmark: `./tests/run bench` (all of it), or `./tests/run bench worker|latency|growth`.
+//!
+//! It starts RabbitMQ and Redis of its own and runs the release binary's roles as processes. Figures are compared within one
+//! run, side by side with the floor, because the speed of a shared machine drifts.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a benchmark that cannot go on should say where and stop")]
+
+mod drain;
+mod floor;
+mod growth;
+mod latency;
+mod machine;
+#[path = "../../tests/integration/support/mod.rs"]
+#[allow(clippy::missing_panics_doc, reason = "shared with the tests")]
+mod support;
+
+fn main() {
+    rustls::crypto::ring::default_provider().install_default().expect("installed once");
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    match arguments.first().map(String::as_str) {
+        Some("floor") => runtime.block_on(floor::run(&arguments[1..])),
+        Some("worker") => runtime.block_on(async {
+            machine::describe();
+            drain::run().await
+        }),
+        Some("latency") => runtime.block_on(async {
+            machine::describe();
+            latency::run().await
+        }),
+        Some("growth") => runtime.block_on(async {
+            machine::describe();
+            growth::run().await
+        }),
+        None => runtime.block_on(async {
+            machine::describe();
+            drain::run().await;
+            latency::run().await;
+            growth::run().await;
+        }),
+        Some(other) => {
+            eprintln!("unknown benchmark {other:?}: worker, latency, growth, or nothing for all");
+            std::process::exit(2);
+        }
+    }
+}

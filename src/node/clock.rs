@@ -1,0 +1,51 @@
+//! The ledger's clock, as the node knows it: expiry follows it, not the node's own.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// Milliseconds since the Unix epoch by the ledger's clock, carried on by a monotonic one between its answers.
+#[derive(Debug)]
+pub struct LedgerClock {
+    start: Instant,
+    offset_ms: AtomicI64,
+}
+
+impl LedgerClock {
+    /// Starts with the node's own clock, until the ledger's first answer.
+    #[must_use]
+    pub fn new() -> Self {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_millis());
+        Self { start: Instant::now(), offset_ms: AtomicI64::new(i64::try_from(wall).unwrap_or(0)) }
+    }
+
+    fn elapsed_ms(&self) -> i64 {
+        i64::try_from(self.start.elapsed().as_millis()).unwrap_or(i64::MAX)
+    }
+
+    /// Takes the time of an answer that just arrived. It is behind by the answer's way here, milliseconds.
+    pub fn set(&self, now_ms: u64) {
+        let now_ms = i64::try_from(now_ms).unwrap_or(i64::MAX);
+        self.offset_ms.store(now_ms.saturating_sub(self.elapsed_ms()), Ordering::Relaxed);
+    }
+
+    /// The time now.
+    #[must_use]
+    pub fn now_ms(&self) -> u64 {
+        u64::try_from(self.elapsed_ms().saturating_add(self.offset_ms.load(Ordering::Relaxed))).unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_follows_the_ledger_whatever_the_node_thinks() {
+        let clock = LedgerClock::new();
+        let own = clock.now_ms();
+        clock.set(5_000);
+        assert!((5_000..60_000).contains(&clock.now_ms()));
+        clock.set(own + 3_600_000);
+        assert!(clock.now_ms() >= own + 3_600_000);
+    }
+}

@@ -1,0 +1,171 @@
+//! One app's presence on this node: its timeline, and what is under way for it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::broadcast::BroadcastId;
+use crate::broadcast::app::AppKey;
+use crate::broadcast::envelope::Envelope;
+use crate::ledger::{Generation, Snapshot, Stored};
+use crate::node::entry::Entry;
+use crate::node::timeline::{Backfill, Bounds, Fit, Timeline};
+
+/// How many envelopes are held back while the ledger is read. When more arrive they are let go: the ledger is read once more.
+const MAX_HELD: usize = 1024;
+
+/// An app that the node has a lease for, or is about to.
+pub struct App {
+    pub key: AppKey,
+    /// Known once it was read for the first time.
+    pub timeline: Option<Timeline>,
+    /// The life of the ledger that is known to have what the node has.
+    pub generation: Option<Generation>,
+    /// Whether the ledger is being read.
+    pub is_reading: bool,
+    /// Whether it must be read again after that.
+    pub read_again: bool,
+    /// Whether the subscription is to be made anew with the next reading.
+    pub subscribe_again: bool,
+    /// Whether the lost is being written back.
+    pub is_restoring: bool,
+    /// Whether the lease is being given up; `Some(true)`: a device came meanwhile.
+    pub closing: Option<bool>,
+    /// Failures in a row.
+    pub failures: u32,
+    /// Since when it has no sessions.
+    pub idle_since: Option<Instant>,
+    held: Vec<(Envelope, Arc<[u8]>)>,
+    /// How many of those were held when the reading began: they were stored before they were published, so the ledger has
+    /// them, or has lost them.
+    held_before: usize,
+}
+
+/// What an envelope changes.
+pub enum Change {
+    /// Nothing: it is known, or held back.
+    None,
+    /// There is an entry more.
+    Appended(Arc<Entry>),
+    /// Something before it is missing: the ledger must be read.
+    Gap,
+}
+
+/// What a snapshot changes.
+pub enum Update {
+    /// The app is open now, or its timeline must be replaced.
+    Open,
+    /// So many entries more.
+    Append(Vec<Arc<Entry>>),
+}
+
+impl App {
+    pub const fn new(key: AppKey) -> Self {
+        Self {
+            key,
+            timeline: None,
+            generation: None,
+            is_reading: false,
+            read_again: false,
+            subscribe_again: false,
+            is_restoring: false,
+            closing: None,
+            failures: 0,
+            idle_since: None,
+            held: Vec::new(),
+            held_before: 0,
+        }
+    }
+
+    /// The newest id that is known, 0 before it was read.
+    pub fn last(&self) -> BroadcastId {
+        self.timeline.as_ref().map_or(0, Timeline::last)
+    }
+
+    /// Notes that the ledger is read from now on.
+    pub fn start_reading(&mut self) {
+        self.is_reading = true;
+        self.read_again = false;
+        self.held_before = self.held.len();
+    }
+
+    /// Takes a live envelope.
+    pub fn receive(&mut self, envelope: Envelope, raw: Arc<[u8]>, shards: u32, now_ms: u64) -> Change {
+        let fit = self.timeline.as_ref().map(|timeline| timeline.fit(envelope.id, envelope.prev));
+        match (fit, &mut self.timeline) {
+            (Some(Fit::Known), _) => Change::None,
+            (Some(Fit::Next), Some(timeline)) => {
+                let entry = Arc::new(Entry::new(envelope, &raw, shards));
+                timeline.append(entry.clone(), now_ms);
+                Change::Appended(entry)
+            }
+            _ => {
+                if self.held.len() < MAX_HELD {
+                    self.held.push((envelope, raw));
+                } else {
+                    self.held.clear();
+                    self.held_before = 0;
+                    self.read_again = true;
+                }
+                if self.timeline.is_some() && !self.is_reading { Change::Gap } else { Change::None }
+            }
+        }
+    }
+
+    /// Takes what the ledger was read for, and then what was held back meanwhile.
+    pub fn take(&mut self, snapshot: Snapshot, bounds: Bounds, shards: u32) -> (Update, Backfill) {
+        let now_ms = snapshot.now_ms;
+        let entries = |stored: Vec<Stored>| -> Vec<Arc<Entry>> {
+            stored.into_iter().map(|stored| Arc::new(Entry::new(stored.envelope, &stored.raw, shards))).collect()
+        };
+        let (log, retained) = (entries(snapshot.log), entries(snapshot.retained));
+        let is_complete = self.generation.as_ref() == Some(&snapshot.generation);
+        let (mut update, mut result) = match &mut self.timeline {
+            Some(timeline) => {
+                let mut result = timeline.backfill(log, retained, snapshot.head, is_complete, now_ms);
+                let added = std::mem::take(&mut result.added);
+                (if result.replaced { Update::Open } else { Update::Append(added) }, result)
+            }
+            none => {
+                *none = Some(Timeline::open(bounds, snapshot.head, log, retained, now_ms));
+                self.generation = Some(snapshot.generation);
+                (Update::Open, Backfill::default())
+            }
+        };
+        let certain = std::mem::take(&mut self.held_before);
+        let mut held: Vec<_> = std::mem::take(&mut self.held).into_iter().enumerate().collect();
+        held.sort_by_key(|(_, (envelope, _))| envelope.id);
+        for (place, (envelope, raw)) in held {
+            let is_gap =
+                self.timeline.as_ref().map(|timeline| timeline.fit(envelope.id, envelope.prev)) == Some(Fit::Gap);
+            if is_gap && place < certain {
+                // The ledger was read and has not what comes before it: reading once more would not help.
+                result.lost += 1;
+                let entry = Arc::new(Entry::new(envelope, &raw, shards));
+                if let Some(timeline) = &mut self.timeline {
+                    timeline.append(entry.clone(), now_ms);
+                }
+                if let Update::Append(entries) = &mut update {
+                    entries.push(entry);
+                }
+                continue;
+            }
+            match (self.receive(envelope, raw, shards, now_ms), &mut update) {
+                (Change::Appended(entry), Update::Append(entries)) => entries.push(entry),
+                (Change::Gap, _) => self.read_again = true,
+                _ => {}
+            }
+        }
+        result.replaced = matches!(update, Update::Open);
+        (update, result)
+    }
+
+    /// What is to be written back if the ledger has lost it: retained envelopes, and what was deleted.
+    pub fn holdings(&self, now_ms: u64) -> (Vec<Stored>, Vec<BroadcastId>) {
+        let Some(timeline) = &self.timeline else { return (Vec::new(), Vec::new()) };
+        let retained = timeline.retained(now_ms).filter_map(|entry| {
+            let raw = entry.raw.clone()?;
+            Some(Stored { envelope: Envelope::read(&raw).ok()?, raw })
+        });
+        (retained.collect(), timeline.recalled())
+    }
+}

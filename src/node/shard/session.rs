@@ -1,0 +1,240 @@
+//! One connection: a cursor, not a queue.
+
+use std::io::{self, IoSlice, Write};
+use std::sync::Arc;
+
+use mio::net::TcpStream;
+use mio::{Interest, Registry, Token};
+
+use crate::broadcast::BroadcastId;
+use crate::broadcast::platform::Platform;
+use crate::node::codec::Decoder;
+use crate::node::entry::Entry;
+use crate::node::login::AppIndex;
+use crate::node::timeline::{Reader, Timeline};
+
+/// How many slices one vectored write takes.
+const SLICES: usize = 64;
+
+/// How many bytes of control frames may wait for a device that does not read; further pongs are left out.
+const MAX_WAITING: usize = 1024;
+
+/// Where a connection is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Its HTTP request is not complete.
+    Head,
+    /// It is a WebSocket; its login has not come.
+    Login,
+    /// Logged in; the app's timeline is being read.
+    Waiting,
+    /// Gets what is broadcast.
+    Open,
+    /// Has been sent its last bytes; waits for the other side to close.
+    Closing,
+}
+
+/// A connection. Small: there may be a million of them, nearly all idle.
+pub struct Session {
+    pub socket: TcpStream,
+    /// Tells it from an earlier connection in the same place.
+    pub generation: u32,
+    /// Its app, once logged in.
+    pub app: AppIndex,
+    /// Its place in the app's list of sessions.
+    pub place: u32,
+    pub cursor: BroadcastId,
+    pub login_head: BroadcastId,
+    pub resume_from: BroadcastId,
+    pub state: State,
+    pub platform: Platform,
+    /// Pings since it was last heard from.
+    pub pings: u8,
+    /// Whether it waits to be writable.
+    pub is_behind: bool,
+    pub outgoing: Option<Box<Outgoing>>,
+    pub incoming: Option<Box<Incoming>>,
+}
+
+/// What is to be sent before anything else.
+#[derive(Default)]
+pub struct Outgoing {
+    /// A frame of which a part was sent, and how many bytes that were. The cursor has passed it already.
+    pub begun: Option<(Arc<Entry>, usize)>,
+    /// Then these bytes.
+    pub then: Vec<u8>,
+}
+
+/// What has been received and is not complete.
+pub enum Incoming {
+    /// Of the HTTP request.
+    Head(Vec<u8>),
+    /// Of the WebSocket's frames.
+    Frames(Decoder),
+}
+
+/// How a write ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// Everything is with the kernel.
+    All,
+    /// The socket takes no more at present.
+    Some,
+}
+
+impl Session {
+    pub const fn new(socket: TcpStream, generation: u32) -> Self {
+        Self {
+            socket,
+            generation,
+            app: AppIndex::MAX,
+            place: 0,
+            cursor: 0,
+            login_head: 0,
+            resume_from: BroadcastId::MAX,
+            state: State::Head,
+            platform: Platform::Web,
+            pings: 0,
+            is_behind: false,
+            outgoing: None,
+            incoming: None,
+        }
+    }
+
+    /// Its position in the timeline.
+    pub const fn reader(&self) -> Reader {
+        Reader {
+            cursor: self.cursor,
+            login_head: self.login_head,
+            resume_from: self.resume_from,
+            platform: self.platform,
+        }
+    }
+
+    /// Adds bytes that go out before any further broadcast.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.outgoing.get_or_insert_default().then.extend_from_slice(bytes);
+    }
+
+    /// Whether a pong may be added.
+    pub fn has_room(&self) -> bool {
+        self.outgoing.as_ref().is_none_or(|outgoing| outgoing.then.len() < MAX_WAITING)
+    }
+
+    /// Sends what is waiting and then, if it is open, all of `timeline` after its cursor, until the socket takes no more.
+    /// Counts into `delivered` the broadcasts that went out whole.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub fn write(&mut self, timeline: Option<&Timeline>, now_ms: u64, delivered: &mut u64) -> io::Result<Written> {
+        let timeline = timeline.filter(|_| self.state == State::Open);
+        loop {
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let mut entries: [Option<&Arc<Entry>>; SLICES] = [None; SLICES];
+            let mut count = 0;
+            if let Some(outgoing) = &self.outgoing {
+                if let Some((entry, sent)) = &outgoing.begun {
+                    slices[count] = IoSlice::new(&entry.frame[*sent..]);
+                    count += 1;
+                }
+                if !outgoing.then.is_empty() {
+                    slices[count] = IoSlice::new(&outgoing.then);
+                    count += 1;
+                }
+            }
+            let first = count;
+            if let Some(timeline) = timeline {
+                for entry in timeline.after(self.reader(), now_ms).take(SLICES - first) {
+                    slices[count] = IoSlice::new(&entry.frame);
+                    entries[count] = Some(entry);
+                    count += 1;
+                }
+            }
+            if count == 0 {
+                if let Some(timeline) = timeline {
+                    self.cursor = self.cursor.max(timeline.last());
+                }
+                self.outgoing = None;
+                return Ok(Written::All);
+            }
+            let result = match &slices[..count] {
+                [one] => self.socket.write(one),
+                several => self.socket.write_vectored(several),
+            };
+            let mut sent = match result {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(sent) => sent,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Written::Some),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            sent -= self.sent_waiting(sent, delivered);
+            for entry in entries.iter().take(count).flatten() {
+                if sent == 0 {
+                    break;
+                }
+                sent -= self.sent_of(entry, sent, delivered);
+            }
+        }
+    }
+
+    /// Notes that `sent` bytes went out, of what was waiting first; returns how many of them that was.
+    fn sent_waiting(&mut self, sent: usize, delivered: &mut u64) -> usize {
+        let Some(outgoing) = &mut self.outgoing else { return 0 };
+        let mut left = sent;
+        if let Some((entry, done)) = &mut outgoing.begun {
+            let part = left.min(entry.frame.len() - *done);
+            left -= part;
+            *done += part;
+            if *done == entry.frame.len() {
+                outgoing.begun = None;
+                *delivered += 1;
+            }
+        }
+        if outgoing.begun.is_none() {
+            let part = left.min(outgoing.then.len());
+            outgoing.then.drain(..part);
+            left -= part;
+            if outgoing.then.is_empty() {
+                self.outgoing = None;
+            }
+        }
+        sent - left
+    }
+
+    /// Notes that at most `sent` bytes of `entry` went out; returns how many of them were its.
+    pub fn sent_of(&mut self, entry: &Arc<Entry>, sent: usize, delivered: &mut u64) -> usize {
+        let part = sent.min(entry.frame.len());
+        self.cursor = entry.id;
+        if part == entry.frame.len() {
+            *delivered += 1;
+        } else {
+            self.outgoing.get_or_insert_default().begun = Some((entry.clone(), part));
+        }
+        part
+    }
+
+    /// Watches for the socket to become writable, or no longer; returns whether that changed.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn watch(&mut self, registry: &Registry, token: Token, is_behind: bool) -> io::Result<bool> {
+        if self.is_behind == is_behind {
+            return Ok(false);
+        }
+        let interest = if is_behind { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
+        registry.reregister(&mut self.socket, token, interest)?;
+        self.is_behind = is_behind;
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_small() {
+        assert!(size_of::<Session>() <= 96, "{} bytes", size_of::<Session>());
+    }
+}

@@ -1,0 +1,232 @@
+//! Delivery: a live broadcast is one sweep over the sessions of its app.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::Instant;
+
+use mio::Token;
+
+use super::members::Members;
+use super::session::State;
+use super::{Shard, key};
+use crate::broadcast::BroadcastId;
+use crate::broadcast::platform::Platform;
+use crate::node::entry::Entry;
+use crate::node::login::AppIndex;
+use crate::node::timeline::{Reader, Timeline};
+
+/// How many sessions are swept before logins and pongs have their turn.
+const SLICE: usize = if cfg!(test) { 3 } else { 1024 };
+
+/// Up to so many bytes, what several broadcasts say is put together once and sent to each session in one piece.
+const MAX_BATCH: usize = 64 * 1024;
+
+/// An app, as a shard sees it.
+#[derive(Default)]
+pub struct View {
+    /// The shard's own copy, once the app is open.
+    pub timeline: Option<Timeline>,
+    /// Whether the presence task was asked for it.
+    pub is_wanted: bool,
+    /// Its sessions on this shard.
+    pub members: Members,
+    /// When the sweep that is under way began.
+    started: Option<Instant>,
+    /// What it delivers.
+    entries: Vec<Arc<Entry>>,
+}
+
+/// What all sessions of one platform that are at one cursor are to be sent.
+struct Batch {
+    cursor: BroadcastId,
+    platform: Platform,
+    entries: Vec<Arc<Entry>>,
+    /// Their frames in one piece; empty if it is one frame, or too much.
+    joined: Vec<u8>,
+    sessions: u32,
+}
+
+impl Batch {
+    fn new(timeline: &Timeline, cursor: BroadcastId, platform: Platform, now_ms: u64) -> Self {
+        // The login lies behind: everything after the cursor is live.
+        let reader = Reader { cursor, login_head: 0, resume_from: 0, platform };
+        let entries: Vec<Arc<Entry>> = timeline.after(reader, now_ms).cloned().collect();
+        let size: usize = entries.iter().map(|entry| entry.frame.len()).sum();
+        let joined = if entries.len() > 1 && size <= MAX_BATCH {
+            entries.iter().flat_map(|entry| entry.frame.iter().copied()).collect()
+        } else {
+            Vec::new()
+        };
+        Self { cursor, platform, entries, joined, sessions: 0 }
+    }
+
+    /// What is sent in one piece, if anything is.
+    fn bytes(&self) -> Option<&[u8]> {
+        match self.entries.as_slice() {
+            [] => Some(&[]),
+            [one] => Some(&one.frame),
+            _ if self.joined.is_empty() => None,
+            _ => Some(&self.joined),
+        }
+    }
+}
+
+impl Shard {
+    /// Takes a timeline, in place of an older copy if there is one, and sweeps: those who wait are welcomed.
+    pub(super) fn open(&mut self, app: AppIndex, timeline: Timeline) {
+        if let Some(view) = self.views.get_mut(app as usize) {
+            view.timeline = Some(timeline);
+            view.is_wanted = false;
+            self.start_sweep(app, &[]);
+        }
+    }
+
+    /// Appends what is new, and sweeps.
+    pub(super) fn append(&mut self, app: AppIndex, entries: &[Arc<Entry>]) {
+        let now_ms = self.shared.clock.now_ms();
+        if let Some(timeline) = self.views.get_mut(app as usize).and_then(|view| view.timeline.as_mut()) {
+            for entry in entries {
+                timeline.append(entry.clone(), now_ms);
+            }
+            self.start_sweep(app, entries);
+        }
+    }
+
+    /// Lets the timeline go; if somebody has logged in meanwhile it is asked for again, and the old copy serves until then.
+    pub(super) fn close_app(&mut self, app: AppIndex) {
+        let Some(view) = self.views.get_mut(app as usize) else { return };
+        if view.members.is_empty() {
+            view.timeline = None;
+        } else if !std::mem::replace(&mut view.is_wanted, true) {
+            self.shared.desk.want(app);
+        }
+    }
+
+    fn start_sweep(&mut self, app: AppIndex, entries: &[Arc<Entry>]) {
+        let Some(view) = self.views.get_mut(app as usize) else { return };
+        if view.started.is_none() {
+            view.started = Some(Instant::now());
+            self.sweeping.push_back(app);
+        }
+        // Those who were visited before this came are visited again.
+        view.members.begin();
+        view.entries.extend_from_slice(entries);
+    }
+
+    /// One slice of each sweep that is under way.
+    pub(super) fn sweep(&mut self) {
+        for _ in 0..self.sweeping.len() {
+            let Some(app) = self.sweeping.pop_front() else { break };
+            if self.sweep_slice(app) {
+                self.end_sweep(app);
+            } else {
+                self.sweeping.push_back(app);
+            }
+        }
+    }
+
+    /// Visits up to [`SLICE`] sessions; returns whether all have been visited.
+    fn sweep_slice(&mut self, app: AppIndex) -> bool {
+        let now_ms = self.shared.clock.now_ms();
+        let mut batches: Vec<Batch> = Vec::new();
+        for _ in 0..SLICE {
+            let Some(token) = self.views.get_mut(app as usize).and_then(|view| view.members.visit()) else { break };
+            self.visit(app, token, now_ms, &mut batches);
+        }
+        for batch in batches {
+            for entry in &batch.entries {
+                entry.count(batch.sessions);
+            }
+            self.delivered += u64::from(batch.sessions) * batch.entries.len() as u64;
+        }
+        self.views.get(app as usize).is_none_or(|view| !view.members.is_under_way())
+    }
+
+    /// Sends one session what it has not had.
+    fn visit(&mut self, app: AppIndex, token: Token, now_ms: u64, batches: &mut Vec<Batch>) {
+        let Some(timeline) = self.views.get(app as usize).and_then(|view| view.timeline.as_ref()) else { return };
+        let Some(session) =
+            self.sessions.get_mut(key(token)).filter(|session| super::token(key(token), session.generation) == token)
+        else {
+            return;
+        };
+        match session.state {
+            State::Waiting => return self.welcome(token),
+            State::Open => {}
+            _ => return,
+        }
+        if session.is_behind {
+            // Its turn comes when it is writable; here it is only noticed if that is too late.
+            if timeline.has_left_behind(session.reader()) {
+                self.evict(token);
+            }
+            return;
+        }
+        if session.cursor >= timeline.last() {
+            return;
+        }
+        if session.outgoing.is_some() || session.cursor < session.login_head {
+            return self.flush(token);
+        }
+        let (cursor, platform) = (session.cursor, session.platform);
+        let index = batches.iter().position(|batch| batch.cursor == cursor && batch.platform == platform);
+        let index = index.unwrap_or_else(|| {
+            batches.push(Batch::new(timeline, cursor, platform, now_ms));
+            batches.len() - 1
+        });
+        let batch = &mut batches[index];
+        let Some(bytes) = batch.bytes().filter(|_| !timeline.has_left_behind(session.reader())) else {
+            return self.flush(token);
+        };
+        let sent = if bytes.is_empty() { Ok(0) } else { session.socket.write(bytes) };
+        match sent {
+            Ok(sent) if sent == bytes.len() => {
+                session.cursor = timeline.last();
+                batch.sessions += 1;
+            }
+            Ok(mut sent) => {
+                for entry in &batch.entries {
+                    if sent == 0 {
+                        break;
+                    }
+                    sent -= session.sent_of(entry, sent, &mut self.delivered);
+                }
+                self.flush(token);
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                self.flush(token);
+            }
+            Err(_) => self.remove(token, "connection_lost"),
+        }
+    }
+
+    fn end_sweep(&mut self, app: AppIndex) {
+        let Some(view) = self.views.get_mut(app as usize) else { return };
+        let entries = std::mem::take(&mut view.entries);
+        let Some(started) = view.started.take() else { return };
+        if entries.is_empty() {
+            return;
+        }
+        let metrics = &self.shared.metrics;
+        metrics.sweep_seconds.observe(started.elapsed().as_secs_f64());
+        let now_ms = self.shared.clock.now_ms();
+        for entry in entries {
+            let after_ms = now_ms.saturating_sub(entry.time_ms);
+            #[allow(clippy::cast_precision_loss)] // milliseconds
+            metrics.delivery_seconds.observe(after_ms as f64 / 1000.0);
+            let Some(sessions) = entry.finish() else { continue };
+            let app = self.shared.apps.key(app).map(tracing::field::display);
+            match entry.recalls {
+                None => tracing::info!(
+                    app,
+                    id = entry.id,
+                    request_id = &*entry.request_id,
+                    sessions,
+                    after_ms,
+                    "broadcast delivered"
+                ),
+                Some(recalled) => tracing::info!(app, id = entry.id, recalled, sessions, after_ms, "recall delivered"),
+            }
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! An app's timeline: what the node knows of its broadcasts. Pure: `now` is an argument.
+//!
+//! The presence task merges what it receives into one; each shard has a copy of its own (of pointers), so that delivering
+//! takes no lock.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::entry::Entry;
+use crate::broadcast::BroadcastId;
+use crate::broadcast::platform::Platform;
+use crate::broadcast::retention::Retained;
+
+/// How much of the latest is kept for devices that fall behind or come back. Both limits hold; the newest entry always stays.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Entries.
+    pub frames: usize,
+    /// Bytes of frames.
+    pub bytes: usize,
+}
+
+/// The timeline of one app.
+#[derive(Debug, Clone)]
+pub struct Timeline {
+    bounds: Bounds,
+    /// The newest id that is known.
+    last: BroadcastId,
+    /// The newest id that has left `recent`: who is behind it has missed something.
+    trimmed: BroadcastId,
+    /// The latest entries, ids ascending; recalled ones are taken out.
+    recent: VecDeque<Arc<Entry>>,
+    recent_bytes: usize,
+    retained: Retained<Arc<Entry>>,
+}
+
+/// How an envelope lies to what is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fit {
+    /// It had been seen.
+    Known,
+    /// Something before it is missing.
+    Gap,
+    /// It is the next.
+    Next,
+}
+
+/// What reading the log has brought.
+#[derive(Debug, Default)]
+pub struct Backfill {
+    /// The entries that were missing, ids ascending. They are in the timeline now.
+    pub added: Vec<Arc<Entry>>,
+    /// At least so many are gone for good.
+    pub lost: u64,
+    /// Whether the timeline also changed otherwise, so that its copies must be replaced.
+    pub replaced: bool,
+}
+
+/// Where a device is in the timeline, and what of it is for the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reader {
+    /// It has had, or is not to have, everything up to this id.
+    pub cursor: BroadcastId,
+    /// What came after this id is live for it. Of what came before it gets what is retained, and …
+    pub login_head: BroadcastId,
+    /// … if it came back soon enough, everything from this id on; else [`BroadcastId::MAX`].
+    pub resume_from: BroadcastId,
+    /// Its platform.
+    pub platform: Platform,
+}
+
+impl Timeline {
+    /// A timeline that starts at `last`, empty.
+    #[must_use]
+    pub fn new(bounds: Bounds, last: BroadcastId) -> Self {
+        let (recent, retained) = (VecDeque::new(), Retained::default());
+        Self { bounds, last, trimmed: last, recent, recent_bytes: 0, retained }
+    }
+
+    /// The timeline as a ledger's snapshot has it. `log` and `retained`: ids ascending.
+    #[must_use]
+    pub fn open(
+        bounds: Bounds,
+        head: BroadcastId,
+        log: Vec<Arc<Entry>>,
+        retained: Vec<Arc<Entry>>,
+        now_ms: u64,
+    ) -> Self {
+        let start = log.first().map_or(head, |first| first.prev);
+        let mut timeline = Self::new(bounds, start);
+        for entry in log {
+            timeline.append(entry, now_ms);
+        }
+        // The snapshot's own list is the truth: what the log still shows may have been deleted or pushed out since.
+        timeline.retained = Retained::default();
+        for entry in retained {
+            timeline.retained.insert(entry.id, entry.expires_ms, entry, now_ms);
+        }
+        timeline.last = timeline.last.max(head);
+        timeline
+    }
+
+    /// The newest id that is known.
+    #[must_use]
+    pub const fn last(&self) -> BroadcastId {
+        self.last
+    }
+
+    /// Whether an envelope of this `id` and `prev` can be appended.
+    #[must_use]
+    pub const fn fit(&self, id: BroadcastId, prev: BroadcastId) -> Fit {
+        if id <= self.last {
+            Fit::Known
+        } else if prev > self.last {
+            Fit::Gap
+        } else {
+            Fit::Next
+        }
+    }
+
+    /// Appends an entry whose id is above [`Timeline::last`]; one that is not changes nothing.
+    pub fn append(&mut self, entry: Arc<Entry>, now_ms: u64) {
+        if entry.id <= self.last {
+            return;
+        }
+        self.last = entry.id;
+        if let Some(target) = entry.recalls {
+            self.retained.remove(target);
+            if let Ok(at) = self.recent.binary_search_by_key(&target, |entry| entry.id)
+                && let Some(recalled) = self.recent.remove(at)
+            {
+                self.recent_bytes -= recalled.frame.len();
+            }
+        } else if entry.expires_ms != 0 {
+            self.retained.insert(entry.id, entry.expires_ms, entry.clone(), now_ms);
+        }
+        self.recent_bytes += entry.frame.len();
+        self.recent.push_back(entry);
+        while self.recent.len() > self.bounds.frames.max(1)
+            || (self.recent_bytes > self.bounds.bytes && self.recent.len() > 1)
+        {
+            if let Some(oldest) = self.recent.pop_front() {
+                self.recent_bytes -= oldest.frame.len();
+                self.trimmed = oldest.id;
+            }
+        }
+    }
+
+    /// Takes in what the ledger has after [`Timeline::last`], as far as it still has it.
+    ///
+    /// `log`, `retained`: ids ascending, possibly known in part. `complete`: the ledger has lost nothing since the last time,
+    /// so that what it does not retain any more was deleted.
+    pub fn backfill(
+        &mut self,
+        log: Vec<Arc<Entry>>,
+        retained: Vec<Arc<Entry>>,
+        head: BroadcastId,
+        complete: bool,
+        now_ms: u64,
+    ) -> Backfill {
+        let mut result = Backfill::default();
+        let last = self.last;
+        let valid: Vec<BroadcastId> = retained.iter().map(|entry| entry.id).collect();
+        let (older, newer): (Vec<_>, Vec<_>) = retained.into_iter().partition(|entry| entry.id <= last);
+        let mut missing: Vec<Arc<Entry>> = log.into_iter().chain(newer).filter(|entry| entry.id > last).collect();
+        missing.sort_by_key(|entry| entry.id);
+        missing.dedup_by_key(|entry| entry.id);
+        for entry in missing {
+            if self.fit(entry.id, entry.prev) == Fit::Gap {
+                result.lost += 1;
+            }
+            self.append(entry.clone(), now_ms);
+            result.added.push(entry);
+        }
+        if head > self.last {
+            result.lost += 1;
+            self.last = head;
+            result.replaced = true;
+        }
+        // Another node may have written back what this one never had.
+        let recalled = self.recalled();
+        let held: Vec<BroadcastId> = self.retained.after(0, now_ms).map(|(id, _)| id).collect();
+        for entry in older {
+            if held.binary_search(&entry.id).is_err() && !recalled.contains(&entry.id) && !entry.expired(now_ms) {
+                self.retained.insert(entry.id, entry.expires_ms, entry, now_ms);
+                result.replaced = true;
+            }
+        }
+        // A recall may be among the lost.
+        if result.lost > 0 && complete {
+            for id in held {
+                if id <= head && valid.binary_search(&id).is_err() && self.retained.remove(id).is_some() {
+                    result.replaced = true;
+                }
+            }
+        }
+        result
+    }
+
+    /// What a device gets that logs in with the cursor `since`, and how many broadcasts of it come from before now.
+    ///
+    /// `resume_ms`: how long a device may have been away and still count as online.
+    #[must_use]
+    pub fn admit(&self, since: BroadcastId, platform: Platform, now_ms: u64, resume_ms: u64) -> (Reader, usize) {
+        let oldest_ms = now_ms.saturating_sub(resume_ms);
+        let resume_from = match self.recent.iter().find(|entry| entry.time_ms > oldest_ms) {
+            Some(entry) if since > 0 => entry.id,
+            _ => BroadcastId::MAX,
+        };
+        // A cursor beyond the head is kept: it comes from a history that the ledger has lost, whose ids are not used again.
+        let reader = Reader { cursor: since, login_head: self.last.max(since), resume_from, platform };
+        (reader, self.after(reader, now_ms).filter(|entry| entry.recalls.is_none()).count())
+    }
+
+    /// What the device is still to be sent, ids ascending: never an expired or recalled one.
+    pub fn after(&self, reader: Reader, now_ms: u64) -> impl Iterator<Item = &Arc<Entry>> {
+        let Reader { cursor, login_head, resume_from, platform } = reader;
+        let mut kept = self
+            .retained
+            .after(cursor, now_ms)
+            .map(|(_, entry)| entry)
+            .take_while(move |entry| entry.id <= login_head)
+            .peekable();
+        let start = self.recent.partition_point(|entry| entry.id <= cursor);
+        let mut recent =
+            self.recent.range(start..).filter(move |entry| entry.id > login_head || entry.id >= resume_from).peekable();
+        std::iter::from_fn(move || match (kept.peek(), recent.peek()) {
+            (Some(a), Some(b)) if a.id == b.id => {
+                kept.next();
+                recent.next()
+            }
+            (Some(a), Some(b)) if a.id < b.id => kept.next(),
+            (Some(_), None) => kept.next(),
+            _ => recent.next(),
+        })
+        .filter(move |entry| entry.targets.contains(platform) && !entry.expired(now_ms))
+    }
+
+    /// Whether the device is further behind than what is kept.
+    #[must_use]
+    pub fn has_left_behind(&self, reader: Reader) -> bool {
+        reader.cursor.max(reader.login_head) < self.trimmed
+    }
+
+    /// The valid retained entries, oldest first.
+    pub fn retained(&self, now_ms: u64) -> impl Iterator<Item = &Arc<Entry>> {
+        self.retained.after(0, now_ms).map(|(_, entry)| entry)
+    }
+
+    /// What was deleted lately.
+    #[must_use]
+    pub fn recalled(&self) -> Vec<BroadcastId> {
+        self.recent.iter().filter_map(|entry| entry.recalls).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;
