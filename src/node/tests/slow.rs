@@ -69,9 +69,12 @@ async fn what_is_deleted_or_expires_while_a_device_is_behind_is_not_sent() {
     let (mut slow, _) = Device::online(node.port, "web", 0).await;
     let (mut fast, _) = Device::online(node.port, "web", 0).await;
     let body = long();
-    while node.metrics.sessions_behind.get() == 0 {
+    let mut more = 100;
+    while more > 0 {
         node.ledger.say("demo", online(body));
         fast.contents(1).await;
+        // Well behind: the kernel still moves some bytes from one buffer to the other.
+        more -= i32::from(node.metrics.sessions_behind.get() > 0);
     }
     let target = node.ledger.say("demo", retained("deleted"));
     node.ledger.say("demo", Said { ttl_ms: Some(5_000), ..online("expired") });
