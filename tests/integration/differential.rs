@@ -315,9 +315,13 @@ async fn start(subject: &impl Subject, known: &Known) -> mpsc::Receiver<Feed> {
 }
 
 async fn published(feed: &mut mpsc::Receiver<Feed>) -> (AppKey, Arc<[u8]>) {
-    match tokio::time::timeout(Duration::from_secs(10), feed.recv()).await {
-        Ok(Some(Feed::Published(app, raw))) => (app, raw),
-        other => panic!("reached one node, which got {other:?}"),
+    loop {
+        match tokio::time::timeout(Duration::from_secs(10), feed.recv()).await {
+            Ok(Some(Feed::Published(app, raw))) => return (app, raw),
+            // It may be said at any time: look whether something is missing.
+            Ok(Some(Feed::Interrupted)) => {}
+            other => panic!("reached one node, which got {other:?}"),
+        }
     }
 }
 
