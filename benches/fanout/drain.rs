@@ -68,7 +68,7 @@ async fn measure(nodes: usize, count: u64, worker: bool) -> Figure {
     let stack = Stack::on(&RabbitMq::shared().vhost().url, &redis.url(), &apps);
     // Declares the queue as the worker wants it, and stops again.
     let mut process = stack.worker().await;
-    process.drain(PATIENCE);
+    process.drain(PATIENCE).await;
     fill(&stack, count).await;
     let subscribers = subscribe(&redis, &stack, nodes).await;
     redis.command(&["CONFIG", "RESETSTAT"]);

@@ -8,6 +8,7 @@ mod body;
 mod console;
 pub mod form;
 mod history;
+pub mod message;
 pub mod nim;
 pub mod serve;
 pub mod signature;

@@ -183,14 +183,14 @@ impl Api {
         let request = &submission.request;
         let outcome = self.submitter.submit(submission).await;
         let (answer, id, problem) = match outcome {
-            Outcome::Decided { code, id, reply } => (Answer { code, json: reply }, id, ""),
+            Outcome::Decided { code, id, reply } => (Answer { code, json: reply }, id, None),
             Outcome::Busy(why) => {
                 let desc = format!("busy: nothing was sent ({why}); ask again later with the same requestId");
-                (with_request_id(code::BUSY, &desc, &request.id), None, why)
+                (with_request_id(code::BUSY, &desc, &request.id), None, Some(why))
             }
             Outcome::Unknown(why) => {
                 let desc = format!("unknown: {why}; ask again with the same requestId");
-                (with_request_id(code::UNKNOWN, &desc, &request.id), None, why)
+                (with_request_id(code::UNKNOWN, &desc, &request.id), None, Some(why))
             }
         };
         tracing::info!(

@@ -32,6 +32,15 @@ fn start_with(change: impl FnOnce(&mut NodeSettings), http: Option<HttpHandOff>)
     Fixture { node, ledger, metrics, port, _stop: shutdown.drop_guard() }
 }
 
+/// Waits until something that the node does in its own time is so.
+async fn eventually(what: &str, check: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !check() {
+        assert!(Instant::now() < deadline, "never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
 impl Fixture {
     /// Lets the ledger's time pass, and the node learn of it: by filling a gap. `device`: one that is online.
     async fn advance_clock(&self, ms: u64, device: &mut Device) {
@@ -59,7 +68,7 @@ async fn a_login_gets_what_is_retained_and_then_what_is_live() {
 
 #[tokio::test]
 async fn only_a_devices_platform_and_app_reach_it() {
-    let node = start(|_| {});
+    let node = start(|settings| settings.shards = 1);
     let (mut web, _) = Device::online(node.port, "web", 0).await;
     let (mut ios, _) = Device::online(node.port, "ios", 0).await;
     let mut other = Device::connect(node.port).await;

@@ -165,8 +165,10 @@ impl Timeline {
         let mut missing: Vec<Arc<Entry>> = log.into_iter().chain(newer).filter(|entry| entry.id > last).collect();
         missing.sort_by_key(|entry| entry.id);
         missing.dedup_by_key(|entry| entry.id);
+        // A deleted broadcast is gone from the log, but not lost.
+        let deleted: Vec<BroadcastId> = missing.iter().filter_map(|entry| entry.recalls).collect();
         for entry in missing {
-            if self.fit(entry.id, entry.prev) == Fit::Gap {
+            if self.fit(entry.id, entry.prev) == Fit::Gap && !deleted.contains(&entry.prev) {
                 result.lost += 1;
             }
             self.append(entry.clone(), now_ms);

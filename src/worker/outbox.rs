@@ -8,6 +8,9 @@ use lapin::protocol::basic::AMQPProperties;
 use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, PublisherConfirm};
 
+use futures_util::future::try_join_all;
+use tokio::sync::Mutex;
+
 use super::SessionError;
 use super::intake::Item;
 use crate::amqp::{AmqpSettings, connect, describe};
@@ -17,9 +20,13 @@ use crate::metrics::Metrics;
 /// mandatory: what cannot be routed comes back with its confirmation, instead of vanishing.
 const MANDATORY: BasicPublishOptions = BasicPublishOptions { mandatory: true, immediate: false };
 
+/// A broker that takes longer to store dead letters is not well; the session is rebuilt and the requests come again.
+const DEAD_LETTER_TIMEOUT: Duration = Duration::from_secs(10);
+
 pub(super) struct Outbox {
     connection: Connection,
-    channel: Channel,
+    replies: Channel,
+    dead_letters: Mutex<Channel>,
     dead_letter: ShortString,
     reply_timeout: Duration,
     metrics: Metrics,
@@ -35,13 +42,23 @@ impl Outbox {
         metrics: Metrics,
     ) -> Result<Self, SessionError> {
         let connection = connect(settings, "broadcastd worker: replies").await.map_err(SessionError::Connect)?;
-        let channel = connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        Ok(Self { connection, channel, dead_letter: settings.dead_letter.as_str().into(), reply_timeout, metrics })
+        let replies = connection.create_channel().await?;
+        replies.confirm_select(ConfirmSelectOptions::default()).await?;
+        let dead_letters = connection.create_channel().await?;
+        dead_letters.confirm_select(ConfirmSelectOptions::default()).await?;
+        let dead_letters = Mutex::new(dead_letters);
+        Ok(Self {
+            connection,
+            replies,
+            dead_letters,
+            dead_letter: settings.dead_letter.as_str().into(),
+            reply_timeout,
+            metrics,
+        })
     }
 
     pub(super) fn connected(&self) -> bool {
-        self.connection.status().connected() && self.channel.status().connected()
+        self.connection.status().connected() && self.replies.status().connected()
     }
 
     pub(super) fn blocked(&self) -> bool {
@@ -61,7 +78,7 @@ impl Outbox {
             properties = properties.with_correlation_id(correlation_id);
         }
         let body = verdict.reply(item.request.as_ref()).to_string();
-        match self.channel.basic_publish("".into(), reply_to, MANDATORY, body.as_bytes(), properties).await {
+        match self.replies.basic_publish("".into(), reply_to, MANDATORY, body.as_bytes(), properties).await {
             Ok(confirm) => Sent(Some(confirm)),
             Err(_) => {
                 self.metrics.replies_lost.with_label_values(&["connection"]).inc();
@@ -85,26 +102,34 @@ impl Outbox {
         self.metrics.replies_lost.with_label_values(&[lost]).inc();
     }
 
-    /// Puts the request on the dead-letter queue, unchanged, with the reason in its headers. Returns when the broker has it.
-    pub(super) async fn dead_letter(&self, item: &Item, verdict: &Verdict) -> Result<(), SessionError> {
-        let mut headers = item.properties.headers().clone().unwrap_or_default();
-        add_reason(&mut headers, verdict);
-        let properties: AMQPProperties = item.properties.clone().with_headers(headers).with_delivery_mode(2);
+    /// Puts requests on the dead-letter queue, unchanged, with the reason in their headers. Returns when the broker has all.
+    ///
+    /// One call at a time: lapin hands a returned message to whichever confirmation resolves next, so that a failure can only
+    /// be told of all that is under way together.
+    pub(super) async fn dead_letter(&self, dead: &[(Item, Verdict)]) -> Result<(), SessionError> {
         let failed = |error: lapin::Error| SessionError::DeadLetter(describe(&error));
-        let confirm = self
-            .channel
-            .basic_publish(self.dead_letter.clone(), self.dead_letter.clone(), MANDATORY, &item.payload, properties)
-            .await
-            .map_err(failed)?;
-        match tokio::time::timeout(self.reply_timeout.max(Duration::from_secs(10)), confirm).await {
-            Ok(Ok(Confirmation::Ack(None) | Confirmation::NotRequested)) => {
-                self.metrics.dead_lettered.with_label_values(&[verdict.reason()]).inc();
-                Ok(())
-            }
-            Ok(Ok(_)) => Err(SessionError::DeadLetter("no queue takes them".into())),
-            Ok(Err(error)) => Err(failed(error)),
-            Err(_) => Err(SessionError::DeadLetter("no confirmation in time".into())),
+        let channel = self.dead_letters.lock().await;
+        let mut confirms = Vec::with_capacity(dead.len());
+        for (item, verdict) in dead {
+            let mut headers = item.properties.headers().clone().unwrap_or_default();
+            add_reason(&mut headers, verdict);
+            let properties: AMQPProperties = item.properties.clone().with_headers(headers).with_delivery_mode(2);
+            let name = &self.dead_letter;
+            let sent = channel.basic_publish(name.clone(), name.clone(), MANDATORY, &item.payload, properties);
+            confirms.push(sent.await.map_err(failed)?);
         }
+        let all = try_join_all(confirms);
+        let confirmations = tokio::time::timeout(DEAD_LETTER_TIMEOUT, all)
+            .await
+            .map_err(|_| SessionError::DeadLetter("no confirmation in time".into()))?
+            .map_err(failed)?;
+        if !confirmations.iter().all(|confirmation| *confirmation == Confirmation::Ack(None)) {
+            return Err(SessionError::DeadLetter("no queue takes them".into()));
+        }
+        for (_, verdict) in dead {
+            self.metrics.dead_lettered.with_label_values(&[verdict.reason()]).inc();
+        }
+        Ok(())
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use futures_util::future::join_all;
 use lapin::message::Delivery;
 
 use super::intake::{self, Item};
@@ -10,7 +9,7 @@ use super::outbox::Outbox;
 use super::{SessionError, Worker};
 use crate::backoff::Backoff;
 use crate::broadcast::request::Submission;
-use crate::broadcast::verdict::{Rejection, Verdict};
+use crate::broadcast::verdict::{Rejection, Verdict, code};
 
 /// How a delivery is to be settled.
 pub(super) enum Settle {
@@ -47,12 +46,13 @@ pub(super) async fn batch(
             items[position].1 = Some(verdict);
         }
     }
-    let settled = items.into_iter().map(|(item, verdict)| {
+    let items = items.into_iter().map(|(item, verdict)| {
         // Every item has a verdict: from intake, or from the ledger just above.
         let verdict = verdict.unwrap_or_else(|| Verdict::Rejected(Rejection::bad("undecided", "undecided")));
-        finish(worker, outbox, item, verdict)
+        report(worker, &item, &verdict);
+        (item, verdict)
     });
-    join_all(settled).await.into_iter().collect()
+    finish(outbox, items.collect()).await
 }
 
 /// Has the ledger decide, however long it takes: while it does not answer, the deliveries are held, unacknowledged and
@@ -82,7 +82,7 @@ async fn decide(worker: &Worker, submissions: &[Submission]) -> Vec<Verdict> {
                     tracing::error!(%error, app = %submissions[position].request.app, "a request cannot be decided");
                     let desc = "the app's stored data is unreadable; its operator has to look";
                     verdicts[position] = Some(Verdict::Rejected(Rejection {
-                        code: crate::broadcast::verdict::code::UNKNOWN,
+                        code: code::UNKNOWN,
                         reason: "ledger_corrupt",
                         desc: desc.into(),
                     }));
@@ -120,31 +120,49 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Tells the sender and says how to settle.
-async fn finish(worker: &Worker, outbox: &Outbox, item: Item, verdict: Verdict) -> Result<Settle, SessionError> {
-    report(worker, &item, &verdict);
-    match &verdict {
-        Verdict::Accepted(_) => {
-            outbox.replied(outbox.reply(&item, &verdict).await).await;
-            Ok(Settle::Ack { item, reply_after: None })
-        }
-        Verdict::Refused(_) if item.reply_to.is_some() => Ok(Settle::Ack { item, reply_after: Some(verdict) }),
-        Verdict::Rejected(rejection) if item.reply_to.is_some() && item.request.is_some() && rejection.code == 403 => {
-            Ok(Settle::Ack { item, reply_after: Some(verdict) })
-        }
-        // Malformed, or nobody waits for the answer: it is kept, with its reason.
-        Verdict::Refused(_) | Verdict::Rejected(_) => {
-            if outbox.blocked() {
-                return Ok(Settle::Reject { item });
-            }
-            if let Err(error) = outbox.dead_letter(&item, &verdict).await {
-                // The alarm may have come up just now, with this publish.
-                return if outbox.blocked() { Ok(Settle::Reject { item }) } else { Err(error) };
-            }
-            let reply_after = item.reply_to.is_some().then_some(verdict);
-            Ok(Settle::Ack { item, reply_after })
+/// Tells the senders of what was accepted, keeps what nobody can be told of, and says how to settle.
+async fn finish(outbox: &Outbox, items: Vec<(Item, Verdict)>) -> Result<Vec<Settle>, SessionError> {
+    let mut settled = Vec::with_capacity(items.len());
+    let mut dead = Vec::new();
+    let mut replies = Vec::new();
+    for (item, verdict) in items {
+        if matches!(verdict, Verdict::Accepted(_)) {
+            replies.push(outbox.reply(&item, &verdict).await);
+            settled.push(Settle::Ack { item, reply_after: None });
+        } else if item.reply_to.is_some() && !is_malformed(&item, &verdict) {
+            settled.push(Settle::Ack { item, reply_after: Some(verdict) });
+        } else {
+            // Malformed, or nobody waits for the answer: it is kept, with its reason.
+            dead.push((item, verdict));
         }
     }
+    let mut broker_moves = outbox.blocked();
+    if !dead.is_empty()
+        && !broker_moves
+        && let Err(error) = outbox.dead_letter(&dead).await
+    {
+        if !outbox.blocked() {
+            return Err(error);
+        }
+        // The alarm came up just now, with this publish.
+        broker_moves = true;
+    }
+    settled.extend(dead.into_iter().map(|(item, verdict)| {
+        if broker_moves {
+            return Settle::Reject { item };
+        }
+        let reply_after = item.reply_to.is_some().then_some(verdict);
+        Settle::Ack { item, reply_after }
+    }));
+    for reply in replies {
+        outbox.replied(reply).await;
+    }
+    Ok(settled)
+}
+
+/// Whether the request itself is at fault, rather than its sender's rights or limits.
+const fn is_malformed(item: &Item, verdict: &Verdict) -> bool {
+    matches!(verdict, Verdict::Rejected(rejection) if rejection.code != code::FORBIDDEN || item.request.is_none())
 }
 
 /// One line and the figures of one decided request.

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
 mod cluster;
+mod commands;
 mod differential;
 mod drain;
 mod end_to_end;

@@ -54,13 +54,13 @@ fn the_cluster_serves_every_slot() {
 async fn rabbitmq_keeps_a_vhost_over_a_kill_and_a_restart() {
     let mut rabbitmq = RabbitMq::dedicated();
     let vhost = rabbitmq.vhost();
-    super::support::sender::Amqp::connect(&vhost.url).await;
+    crate::support::sender::Amqp::connect(&vhost.url).await;
     rabbitmq.kill();
     rabbitmq.start();
-    super::support::sender::Amqp::connect(&vhost.url).await;
+    crate::support::sender::Amqp::connect(&vhost.url).await;
     rabbitmq.stop();
     rabbitmq.start();
-    super::support::sender::Amqp::connect(&vhost.url).await;
+    crate::support::sender::Amqp::connect(&vhost.url).await;
     rabbitmq.memory_alarm(true);
     rabbitmq.memory_alarm(false);
 }

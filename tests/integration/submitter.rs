@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use broadcastd::amqp::AmqpSettings;
-use broadcastd::api::amqp::{AmqpSubmitter, ENQUEUED_AT};
+use broadcastd::api::amqp::AmqpSubmitter;
+use broadcastd::api::message::ENQUEUED_AT;
 use broadcastd::api::submit::{Outcome, Submitter};
 use broadcastd::broadcast::quota::Limits;
 use broadcastd::broadcast::request::{Request, Submission};

@@ -219,7 +219,8 @@ impl<'txn> Tables<'txn> {
         // An id beyond what a double holds is no id of ours.
         let head = head.min(MAX_ID);
         if known.as_ref().is_none_or(|meta| meta.head < head) {
-            let mut meta = known.unwrap_or_else(|| Meta::new(moment.generation));
+            // Without a meta the generation stays unknown: ids jump at the next acceptance.
+            let mut meta = known.unwrap_or_else(|| Meta::new(""));
             meta.head = meta.head.max(head);
             self.put_meta(app, &meta)?;
         }

@@ -128,7 +128,9 @@ impl Subscription {
             subscribe(&mut connection, some).await.map_err(|error| describe(&error))?;
         }
         // Anything may have been published while there was no subscription.
-        self.inlet.missed.store(true, Ordering::Release);
+        if !self.subscribed.is_empty() {
+            self.inlet.missed.store(true, Ordering::Release);
+        }
         backoff.reset();
         let mut probe_at = tokio::time::interval(PROBE_EVERY);
         probe_at.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

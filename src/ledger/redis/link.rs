@@ -1,6 +1,6 @@
 //! The supervised connection to Redis: always one that was probed to be a master, with the generation of its data.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
@@ -25,6 +25,8 @@ type State = Result<Live, String>;
 pub(super) struct Link {
     state: watch::Receiver<State>,
     suspect: Arc<Notify>,
+    /// A std Mutex, not tokio's: never held across an await.
+    pretended: Mutex<Option<Generation>>,
     _stop: tokio_util::sync::DropGuard,
 }
 
@@ -35,12 +37,21 @@ impl Link {
         let suspect = Arc::new(Notify::new());
         let stop = CancellationToken::new();
         tokio::spawn(stop.clone().run_until_cancelled_owned(supervise(settings, sender, health, suspect.clone())));
-        Self { state, suspect, _stop: stop.drop_guard() }
+        Self { state, suspect, pretended: Mutex::default(), _stop: stop.drop_guard() }
     }
 
     /// The connection, if there is one now.
     pub(super) fn get(&self) -> Result<Live, LedgerError> {
-        self.state.borrow().clone().map_err(LedgerError::Unavailable)
+        let mut live = self.state.borrow().clone().map_err(LedgerError::Unavailable)?;
+        if let Some(generation) = &*self.pretended.lock().unwrap_or_else(PoisonError::into_inner) {
+            live.generation = generation.clone();
+        }
+        Ok(live)
+    }
+
+    /// Tests only: pretends that the data has had another life.
+    pub(super) fn set_generation(&self, generation: Generation) {
+        *self.pretended.lock().unwrap_or_else(PoisonError::into_inner) = Some(generation);
     }
 
     /// Has the connection probed at once: an operation on it failed.

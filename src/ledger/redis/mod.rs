@@ -60,6 +60,12 @@ impl RedisLedger {
         }
     }
 
+    /// For tests only: pretends that the data has had another life. It is not stored.
+    #[doc(hidden)]
+    pub fn set_generation(&self, generation: &str) {
+        self.link.set_generation(super::Generation(generation.into()));
+    }
+
     fn publish_command(&self) -> &'static str {
         if self.settings.mode == Mode::Cluster { "SPUBLISH" } else { "PUBLISH" }
     }

@@ -70,6 +70,7 @@ fn valid_frame() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn where_the_bytes_are_cut_makes_no_difference(
         frames in proptest::collection::vec(valid_frame(), 0..6),

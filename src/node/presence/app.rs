@@ -113,6 +113,7 @@ impl App {
 
     /// Takes what the ledger was read for, and then what was held back meanwhile.
     pub fn take(&mut self, snapshot: Snapshot, bounds: Bounds, shards: u32) -> (Update, Backfill) {
+        self.is_reading = false;
         let now_ms = snapshot.now_ms;
         let entries = |stored: Vec<Stored>| -> Vec<Arc<Entry>> {
             stored.into_iter().map(|stored| Arc::new(Entry::new(stored.envelope, &stored.raw, shards))).collect()
@@ -167,5 +168,84 @@ impl App {
             Some(Stored { envelope: Envelope::read(&raw).ok()?, raw })
         });
         (retained.collect(), timeline.recalled())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broadcast::envelope;
+
+    const NOW: u64 = 1_000;
+    const BOUNDS: Bounds = Bounds { frames: 100, bytes: 1 << 20 };
+
+    fn published(id: u64, prev: u64) -> (Envelope, Arc<[u8]>) {
+        let raw = envelope::broadcast(id, prev, NOW, 0, r#""requestId":"r","body":"b"}"#);
+        (Envelope::read(raw.as_bytes()).unwrap(), raw.into_bytes().into())
+    }
+
+    fn snapshot(head: u64, log: &[(u64, u64)]) -> Snapshot {
+        let log = log.iter().map(|(id, prev)| published(*id, *prev));
+        let log = log.map(|(envelope, raw)| Stored { raw, envelope }).collect();
+        Snapshot { now_ms: NOW, head, generation: Generation("1".into()), log, retained: Vec::new() }
+    }
+
+    fn receive(app: &mut App, id: u64, prev: u64) -> Change {
+        let (envelope, raw) = published(id, prev);
+        app.receive(envelope, raw, 1, NOW)
+    }
+
+    fn open() -> App {
+        let mut app = App::new(AppKey::parse("demo").unwrap());
+        app.start_reading();
+        app.take(snapshot(10, &[]), BOUNDS, 1);
+        app
+    }
+
+    fn added(update: &Update) -> Vec<u64> {
+        match update {
+            Update::Append(entries) => entries.iter().map(|entry| entry.id).collect(),
+            Update::Open => panic!("replaced"),
+        }
+    }
+
+    #[test]
+    fn what_is_held_back_follows_what_was_missing() {
+        let mut app = open();
+        assert!(matches!(receive(&mut app, 13, 12), Change::Gap));
+        app.start_reading();
+        // Published while the ledger is read, out of order.
+        assert!(matches!(receive(&mut app, 15, 14), Change::None));
+        assert!(matches!(receive(&mut app, 14, 13), Change::None));
+        let (update, result) = app.take(snapshot(13, &[(11, 10), (12, 11), (13, 12)]), BOUNDS, 1);
+        assert_eq!((added(&update), result.lost, app.read_again), (vec![11, 12, 13, 14, 15], 0, false));
+    }
+
+    #[test]
+    fn one_that_came_too_late_for_the_snapshot_is_read_for_again() {
+        let mut app = open();
+        app.start_reading();
+        assert!(matches!(receive(&mut app, 13, 12), Change::None));
+        let (update, result) = app.take(snapshot(11, &[(11, 10)]), BOUNDS, 1);
+        assert_eq!((added(&update), result.lost, app.read_again), (vec![11], 0, true));
+    }
+
+    #[test]
+    fn what_the_ledger_cannot_explain_is_delivered_and_counted_not_read_for_ever() {
+        let mut app = open();
+        assert!(matches!(receive(&mut app, 13, 12), Change::Gap));
+        app.start_reading();
+        let (update, result) = app.take(snapshot(10, &[]), BOUNDS, 1);
+        assert_eq!((added(&update), result.lost, app.read_again), (vec![13], 1, false));
+    }
+
+    #[test]
+    fn too_many_are_not_held_but_read_for() {
+        let mut app = App::new(AppKey::parse("demo").unwrap());
+        app.start_reading();
+        for id in 0..=MAX_HELD as u64 {
+            receive(&mut app, id + 11, id + 10);
+        }
+        assert!(app.held.is_empty() && app.read_again);
     }
 }

@@ -202,7 +202,6 @@ impl Presence {
         if app.closing.is_some() {
             return;
         }
-        app.is_reading = false;
         app.subscribe_again = false;
         app.failures = 0;
         let generation = snapshot.generation.clone();

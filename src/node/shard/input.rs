@@ -126,7 +126,7 @@ impl Shard {
         }
     }
 
-    fn log_in(&mut self, token: Token, text: &str) {
+    pub(super) fn log_in(&mut self, token: Token, text: &str) {
         let login = match self.shared.apps.check(text) {
             Ok(login) => login,
             Err(refused) => {

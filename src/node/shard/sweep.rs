@@ -165,9 +165,8 @@ impl Shard {
         if session.cursor >= timeline.last() {
             return;
         }
-        if session.outgoing.is_some() || session.cursor < session.login_head {
-            return self.flush(token);
-        }
+        // A flush either brings it up to date or leaves it behind.
+        debug_assert!(session.outgoing.is_none() && session.cursor >= session.login_head);
         let (cursor, platform) = (session.cursor, session.platform);
         let index = batches.iter().position(|batch| batch.cursor == cursor && batch.platform == platform);
         let index = index.unwrap_or_else(|| {

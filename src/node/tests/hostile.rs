@@ -118,6 +118,21 @@ async fn who_does_not_log_in_is_closed_in_time() {
 }
 
 #[tokio::test]
+async fn who_sends_and_leaves_at_once_is_gone_at_once() {
+    let node = start(|_| {});
+    let request = "GET /ws HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
+        Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    for _ in 0..20 {
+        let mut socket = TcpStream::connect(("127.0.0.1", node.port)).await.unwrap();
+        socket.write_all(request.as_bytes()).await.unwrap();
+        socket.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        let end = socket.read_to_end(&mut answer);
+        tokio::time::timeout(std::time::Duration::from_secs(5), end).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
 async fn pings_are_answered_and_asked() {
     let node = start(|settings| settings.ping_seconds = 1);
     let (mut device, _) = Device::online(node.port, "web", 0).await;

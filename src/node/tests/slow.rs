@@ -1,7 +1,7 @@
 //! Devices that do not read.
 
 use super::super::testing::{Device, Said, online, retained};
-use super::start;
+use super::{eventually, start};
 
 /// Nearly as much as one broadcast can say.
 fn long() -> &'static str {
@@ -18,15 +18,16 @@ async fn a_device_that_does_not_read_delays_nobody_and_misses_nothing() {
         node.ledger.say("demo", online(body));
         fast.contents(1).await;
     }
-    assert_eq!(node.metrics.sessions_behind.get(), 1);
+    eventually("one is behind", || node.metrics.sessions_behind.get() == 1).await;
     node.ledger.say("demo", online("the last"));
     let contents = slow.contents(501).await;
     assert!(contents[..500].iter().all(|content| content == body));
     assert_eq!(contents[500], "the last");
     node.ledger.say("demo", online("live again"));
     assert_eq!(slow.contents(1).await, ["live again"]);
-    assert_eq!(node.metrics.sessions_behind.get(), 0);
-    assert_eq!(node.metrics.deliveries.get(), 501 + 502);
+    fast.contents(2).await;
+    eventually("none is behind", || node.metrics.sessions_behind.get() == 0).await;
+    eventually("all are counted", || node.metrics.deliveries.get() == 2 * 502).await;
 }
 
 #[tokio::test]
@@ -68,9 +69,12 @@ async fn what_is_deleted_or_expires_while_a_device_is_behind_is_not_sent() {
     let (mut slow, _) = Device::online(node.port, "web", 0).await;
     let (mut fast, _) = Device::online(node.port, "web", 0).await;
     let body = long();
-    while node.metrics.sessions_behind.get() == 0 {
+    let mut more = 100;
+    while more > 0 {
         node.ledger.say("demo", online(body));
         fast.contents(1).await;
+        // Well behind: the kernel still moves some bytes from one buffer to the other.
+        more -= i32::from(node.metrics.sessions_behind.get() > 0);
     }
     let target = node.ledger.say("demo", retained("deleted"));
     node.ledger.say("demo", Said { ttl_ms: Some(5_000), ..online("expired") });

@@ -188,9 +188,10 @@ fn retained_of(log: &[Arc<Entry>]) -> Vec<Arc<Entry>> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn whatever_is_lost_doubled_or_late_the_timeline_ends_as_the_log(
-        steps in proptest::collection::vec((fate(), any::<bool>(), proptest::option::weighted(0.1, any::<prop::sample::Index>())), 1..300),
+        steps in proptest::collection::vec((fate(), any::<bool>(), proptest::option::weighted(0.1, any::<prop::sample::Index>())), 1..250),
         small_window: bool,
     ) {
         let bounds = if small_window { Bounds { frames: 4, ..BOUNDS } } else { BOUNDS };

@@ -189,9 +189,9 @@ impl State {
     }
 
     fn restore(&mut self, key: &AppKey, head: u64, retained: &[Stored], recalled: &[u64]) -> u32 {
-        let (now_ms, generation) = (self.now_us / 1000, self.generation.clone());
+        let now_ms = self.now_us / 1000;
         let app = self.app(key);
-        let meta = app.meta.get_or_insert((0, generation, String::new()));
+        let meta = app.meta.get_or_insert((0, String::new(), String::new()));
         meta.0 = meta.0.max(head);
         app.retained.retain(|id, _| !recalled.contains(id));
         let mut missing = BTreeSet::new();

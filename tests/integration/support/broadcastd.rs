@@ -193,6 +193,11 @@ impl Process {
         format!("ws://127.0.0.1:{}/ws", self.public)
     }
 
+    /// Where health and metrics are served.
+    pub fn admin_address(&self) -> String {
+        format!("127.0.0.1:{}", self.admin)
+    }
+
     /// The port of the public listener.
     pub fn public_port(&self) -> u16 {
         self.public

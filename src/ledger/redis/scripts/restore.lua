@@ -29,5 +29,5 @@ for i = 1, #added do
   kept = kept + #redis.call('ZRANGE', KEYS[3], added[i], added[i], 'BYSCORE')
 end
 -- next expiry 0: the next acceptance looks for itself. Without a meta the generation stays unknown: ids will jump.
-redis.call('SET', KEYS[1], format_meta(math.max(head, tonumber(ARGV[1])), generation, previous, 0))
+redis.call('SET', KEYS[1], format_meta(math.max(head, math.min(tonumber(ARGV[1]), NEVER)), generation, previous, 0))
 return kept
