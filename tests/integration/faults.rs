@@ -9,7 +9,7 @@ use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
 use crate::support::rabbitmq::RabbitMq;
 use crate::support::redis::Redis;
-use crate::support::sender::{Amqp, request, retained};
+use crate::support::sender::{Amqp, Api, request, retained};
 use crate::support::stack::Stack;
 use crate::support::{SOON, until};
 
@@ -341,4 +341,43 @@ async fn a_device_that_stops_reading_holds_nobody_up() {
     checker.device(reader.history(), Must::Everything, 0).unwrap();
     sleeper.follow(std::slice::from_ref(&url), 500, SOON * 2).await;
     checker.device(sleeper.history(), Must::Everything, 0).unwrap();
+}
+
+/// Rows 11 and 15: a broker that takes no publishes, and one that answers nothing on connections that look alive.
+#[tokio::test]
+async fn rabbitmq_blocked_and_then_frozen_is_survived() {
+    let app = App::unlimited();
+    let rabbitmq = RabbitMq::dedicated();
+    let stack = Stack::on(&rabbitmq.vhost().url, &Redis::shared().url(), std::slice::from_ref(&app));
+    let worker = async { stack.role("worker").with("amqp.heartbeat_seconds", "1").start().await };
+    let api = async { stack.role("api").with("amqp.heartbeat_seconds", "1").start().await };
+    let (mut worker, node, mut api) = tokio::join!(worker, stack.node(), api);
+    let mut device = Device::online(&app, "web", &node.device_url()).await;
+    let sender = Api::new(&api.api_url(), &app);
+    sender.broadcast("before", false).await;
+
+    rabbitmq.memory_alarm(true);
+    let requests = [("body", "while blocked"), ("requestId", "blocked-1")];
+    // The first publish is what makes the broker tell a connection that it is blocked.
+    until("a 503", SOON, async || match sender.call("msg/broadcastMsg.action", &requests).await {
+        answer if answer["code"] == 503 => Ok(()),
+        answer => Err(answer),
+    })
+    .await;
+    rabbitmq.memory_alarm(false);
+    until("an acceptance", SOON, async || match sender.call("msg/broadcastMsg.action", &requests).await {
+        answer if answer["code"] == 200 => Ok(()),
+        answer => Err(answer),
+    })
+    .await;
+
+    rabbitmq.pause();
+    worker.wait_unready().await;
+    api.wait_unready().await;
+    rabbitmq.resume();
+    worker.wait_ready().await;
+    api.wait_ready().await;
+    let amqp = stack.amqp().await;
+    amqp.accepted(&request(&app, "end")).await;
+    assert_eq!(device.contents_up_to("end").await, ["before", "while blocked", "end"]);
 }
