@@ -1,5 +1,7 @@
 //! How a connection to RabbitMQ is made; shared by the worker and the API.
 
+use std::time::Duration;
+
 use lapin::tcp::OwnedTLSConfig;
 use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties};
@@ -60,6 +62,9 @@ impl AmqpSettings {
         if self.prefetch == 0 || self.prefetch > 2000 {
             return Err("amqp.prefetch is from 1 to 2000 (the cap of a quorum queue)".into());
         }
+        if self.connect_timeout_ms == 0 {
+            return Err("amqp.connect_timeout_ms is at least 1".into());
+        }
         if self.heartbeat_seconds == 0 {
             return Err("amqp.heartbeat_seconds is at least 1: without it a dead broker is never noticed".into());
         }
@@ -86,8 +91,11 @@ pub async fn connect(settings: &AmqpSettings, name: &str) -> Result<Connection, 
     };
     let runtime = lapin::runtime::default_runtime().map_err(|error| describe(&error))?;
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    Connection::connect_uri_with_config(settings.uri()?, properties, tls, runtime)
+    let connecting = Connection::connect_uri_with_config(settings.uri()?, properties, tls, runtime);
+    // lapin bounds the TCP connect only: a broker that is booting, or frozen, accepts and then says nothing.
+    tokio::time::timeout(Duration::from_millis(settings.connect_timeout_ms), connecting)
         .await
+        .map_err(|_| "no answer in time".to_owned())?
         .map_err(|error| describe(&error))
 }
 

@@ -8,7 +8,7 @@ use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::FieldTable;
-use lapin::{Channel, Consumer};
+use lapin::{Channel, Connection, Consumer};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -28,12 +28,39 @@ enum Done {
     Replied,
 }
 
+/// How long it may take from connecting to consuming. A broker that is booting answers some calls and leaves others hanging.
+const SETUP_TIMEOUT: Duration = Duration::from_secs(30);
+
+struct Session {
+    connection: Connection,
+    channel: Channel,
+    consumer: Consumer,
+    outbox: Outbox,
+}
+
 /// Runs a session. `Ok` after an orderly stop.
 pub(super) async fn run(
     worker: &Worker,
     health: &watch::Sender<Result<(), String>>,
     shutdown: &CancellationToken,
 ) -> Result<(), SessionError> {
+    let Session { connection, channel, consumer, outbox } = tokio::select! {
+        session = tokio::time::timeout(SETUP_TIMEOUT, open(worker)) => {
+            session.map_err(|_| SessionError::Connect("the broker does not answer".into()))??
+        }
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    tracing::info!(queue = worker.amqp.queue, "consuming");
+    let _ = health.send_replace(Ok(()));
+    let result = consume(worker, &channel, consumer, &outbox, shutdown).await;
+    if result.is_ok() {
+        // Closing tells the broker at once; a failure only means that it already knows.
+        let _ = connection.close(200, "drained".into()).await;
+    }
+    result
+}
+
+async fn open(worker: &Worker) -> Result<Session, SessionError> {
     let connection = connect(&worker.amqp, "broadcastd worker: requests").await.map_err(SessionError::Connect)?;
     let channel = connection.create_channel().await?;
     topology::declare(&channel, &worker.amqp).await?;
@@ -49,14 +76,7 @@ pub(super) async fn run(
             FieldTable::default(),
         )
         .await?;
-    tracing::info!(queue = worker.amqp.queue, "consuming");
-    let _ = health.send_replace(Ok(()));
-    let result = consume(worker, &channel, consumer, &outbox, shutdown).await;
-    if result.is_ok() {
-        // Closing tells the broker at once; a failure only means that it already knows.
-        let _ = connection.close(200, "drained".into()).await;
-    }
-    result
+    Ok(Session { connection, channel, consumer, outbox })
 }
 
 async fn consume(
