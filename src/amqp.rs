@@ -62,8 +62,8 @@ impl AmqpSettings {
         if self.prefetch == 0 || self.prefetch > 2000 {
             return Err("amqp.prefetch is from 1 to 2000 (the cap of a quorum queue)".into());
         }
-        if self.connect_timeout_ms == 0 {
-            return Err("amqp.connect_timeout_ms is at least 1".into());
+        if !(1..=600_000).contains(&self.connect_timeout_ms) {
+            return Err("amqp.connect_timeout_ms is from 1 to 600000".into());
         }
         if self.heartbeat_seconds == 0 {
             return Err("amqp.heartbeat_seconds is at least 1: without it a dead broker is never noticed".into());

@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,8 +22,8 @@ use crate::ledger::Ledger;
 use crate::ledger::embedded::{EmbeddedLedger, system_clock};
 use crate::ledger::redis::RedisLedger;
 use crate::metrics::Metrics;
-use crate::node::Node;
-use crate::settings::{DrainSettings, Settings};
+use crate::node::{Node, NodeSettings};
+use crate::settings::{DrainSettings, Settings, SettingsError};
 use crate::worker::Worker;
 
 /// Non-WebSocket connections that may wait to be taken over; further ones are answered 503 by the node.
@@ -78,7 +78,8 @@ where
 {
     let directory = settings.directory()?;
     if directory.is_empty() {
-        bail!("no apps are configured: add an [[apps]] table to the settings (or try --dev)");
+        let sentence = "no apps are configured: add an [[apps]] table to the settings (or try --dev)";
+        return Err(SettingsError::new(sentence).into());
     }
     let metrics = Metrics::new()?;
     metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), role.name()]).set(1);
@@ -205,7 +206,7 @@ fn start_node(
     let redis = ledger.health();
     // Never cancelled by the drain: the node ends its sessions by itself.
     let abort = CancellationToken::new();
-    let node = Node::start(settings.node, directory, ledger, metrics.clone(), listener, None, &abort)?;
+    let node = Node::start(bound_sessions(settings.node), directory, ledger, metrics.clone(), listener, None, &abort)?;
     let dependencies = vec![("redis", redis), ("node", node.ready())];
     let public = Some(node.local_addr());
     let end = drain_node(node, metrics.clone(), settings.drain, stop.clone()).map(Ok).boxed();
@@ -223,8 +224,15 @@ fn start_standalone(
     let (hand_off, handed_over) = mpsc::channel(HAND_OFF_CAPACITY);
     let health = ledger.health();
     let abort = CancellationToken::new();
-    let node =
-        Node::start(settings.node, &directory, ledger.clone(), metrics.clone(), listener, Some(hand_off), &abort)?;
+    let node = Node::start(
+        bound_sessions(settings.node),
+        &directory,
+        ledger.clone(),
+        metrics.clone(),
+        listener,
+        Some(hand_off),
+        &abort,
+    )?;
     let dependencies = vec![("store", health), ("node", node.ready())];
     let public = Some(node.local_addr());
     let direct = DirectSubmitter::new(ledger.clone(), metrics.clone(), settings.api.reply_timeout());
@@ -246,6 +254,32 @@ async fn drain_node(node: Node, metrics: Metrics, drain: DrainSettings, stop: Ca
     let longest = drain.deadline_seconds.saturating_sub(1).max(1);
     let window = (sessions / LEAVES_A_SECOND).clamp(1, longest);
     node.drain(Instant::now() + Duration::from_secs(window)).await;
+}
+
+/// Descriptors that are not for devices: listeners, Redis, files, HTTP.
+const RESERVED_DESCRIPTORS: u64 = 256;
+
+/// Raises the soft limit of open files to the hard one: the usual soft limit of 1024 is about a thousand devices.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let can_grow = limit.current.is_some_and(|current| limit.maximum.is_none_or(|maximum| current < maximum));
+    if can_grow
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+    {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
+}
+
+/// No more connections than the descriptors allow: a node that is full says 503, one without descriptors says nothing.
+fn bound_sessions(mut settings: NodeSettings) -> NodeSettings {
+    let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current else { return settings };
+    let room = usize::try_from(limit.saturating_sub(RESERVED_DESCRIPTORS).max(1)).unwrap_or(usize::MAX);
+    if settings.max_sessions > room {
+        tracing::info!(limit, max_sessions = room, "the limit of open files bounds the connections");
+        settings.max_sessions = room;
+    }
+    settings
 }
 
 /// Binds, so that a port in use is one clear sentence.

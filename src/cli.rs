@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use broadcastd::app::{self, Role};
 use broadcastd::command::{demo, health, listen, send, token};
-use broadcastd::settings::{self, Settings, Sources};
+use broadcastd::settings::{self, Settings, SettingsError, Sources};
 use broadcastd::telemetry;
 use clap::{Args, Parser, Subcommand};
 use secrecy::ExposeSecret;
@@ -53,7 +53,7 @@ struct SourceArgs {
     #[arg(long, global = true)]
     dev: bool,
     /// Let --dev listen on other addresses too
-    #[arg(long, global = true, requires = "dev")]
+    #[arg(long, global = true)]
     dev_anywhere: bool,
 }
 
@@ -137,10 +137,13 @@ async fn role(sources: SourceArgs, role: Role) -> anyhow::Result<ExitCode> {
     let anywhere = sources.dev_anywhere;
     let sources = sources.into_sources(Some(role));
     let settings = Settings::load(&sources)?;
-    if sources.dev && !anywhere && !settings.listen.public.ip().is_loopback() {
-        bail!("--dev lets anybody in without a token, so it only listens on loopback; --dev-anywhere forces it");
+    if settings.node.tokenless_login && !anywhere && !settings.listen.public.ip().is_loopback() {
+        let sentence = "--dev (node.tokenless_login) lets anybody in without a token, so it only listens on loopback; \
+                        --dev-anywhere forces it";
+        return Err(SettingsError::new(sentence).into());
     }
-    telemetry::init(&settings.log)?;
+    telemetry::init(&settings.log).map_err(|error| SettingsError::new(error.to_string()))?;
+    app::raise_descriptor_limit();
     let demo_app = settings.directory()?.get("demo").map(|app| app.secret.expose_secret().to_owned());
     app::run(role, settings, |address| async move {
         if role != Role::Demo {

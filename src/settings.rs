@@ -37,6 +37,14 @@ pub struct Sources {
 #[error("{0}")]
 pub struct SettingsError(String);
 
+impl SettingsError {
+    /// `sentence`: which setting, and what to do.
+    #[must_use]
+    pub fn new(sentence: impl Into<String>) -> Self {
+        Self(sentence.into())
+    }
+}
+
 /// Everything. Only the composition root sees it whole.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -137,8 +145,13 @@ impl Settings {
         self.worker.validate().map_err(SettingsError)?;
         self.node.validate().map_err(SettingsError)?;
         self.api.validate().map_err(SettingsError)?;
-        if self.ledger.log_length == 0 || self.ledger.log_hours == 0 {
-            return Err(SettingsError("ledger.log_length and ledger.log_hours are at least 1".into()));
+        if !(1..=1_000_000).contains(&self.ledger.log_length) || !(1..=8760).contains(&self.ledger.log_hours) {
+            return Err(SettingsError(
+                "ledger.log_length is from 1 to 1000000, ledger.log_hours from 1 to 8760".into(),
+            ));
+        }
+        if self.drain.notice_seconds > 3600 || self.drain.deadline_seconds > 3600 {
+            return Err(SettingsError("drain.notice_seconds and drain.deadline_seconds are at most 3600".into()));
         }
         self.directory().map(|_| ())
     }
@@ -204,9 +217,11 @@ fn secret_from(what: &str, path: &Path) -> Result<SecretString, SettingsError> {
     Ok(text.trim_end_matches(['\r', '\n']).into())
 }
 
-/// The library's message, as one line.
+/// The library's message, as one line, without the line of the file that it quotes: a secret may stand there.
 fn explain(error: config::ConfigError) -> SettingsError {
-    let text = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    let text = error.to_string();
+    let words = text.lines().filter(|line| !line.contains('|')).flat_map(str::split_whitespace);
+    let text = words.collect::<Vec<_>>().join(" ");
     SettingsError(format!("settings: {text}"))
 }
 
@@ -264,13 +279,14 @@ fn line(key: &str, value: Value, default: Option<Value>) -> String {
     format!("{key} = {text}\n")
 }
 
-/// URLs without what stands before the `@`.
+/// URLs without what stands before the `@`. A comma separates URLs only where there are several: it may be in a password.
 fn redact(urls: &str) -> String {
     let one = |url: &str| match (url.split_once("://"), url.rsplit_once('@')) {
         (Some((scheme, _)), Some((_, host))) => format!("{scheme}://[redacted]@{host}"),
+        (None, Some(_)) => "[redacted]".to_owned(),
         _ => url.to_owned(),
     };
-    urls.split(',').map(one).collect::<Vec<_>>().join(",")
+    if urls.matches("://").count() < 2 { one(urls) } else { urls.split(',').map(one).collect::<Vec<_>>().join(",") }
 }
 
 #[cfg(test)]
@@ -322,6 +338,8 @@ mod tests {
         assert_eq!((app.limits.per_minute, app.limits.per_day), (3, 1000));
         assert!(load("[[apps]]\nkey = \"a b\"\nsecret = \"x\"\n").unwrap_err().to_string().contains("a b"));
         assert!(load("[[apps]]\nkey = \"a\"\n").unwrap_err().to_string().contains("secret"));
+        let broken = load("[[apps]]\nkey = \"a\"\nsecret = \"hunter2\n").unwrap_err().to_string();
+        assert!(!broken.contains("hunter2") && broken.contains("line 3"), "{broken}");
         assert!(load("[[apps]]\nkey=\"a\"\nsecret=\"x\"\n[[apps]]\nkey=\"a\"\nsecret=\"y\"\n").is_err());
     }
 
@@ -337,6 +355,8 @@ mod tests {
         };
         let text = effective(&sources).unwrap();
         assert!(!text.contains("hunter2") && !text.contains("demo-secret") && !text.contains("guest:guest"), "{text}");
+        assert_eq!(redact("amqp://u:pa,ss@word@h/%2f"), "amqp://[redacted]@h/%2f");
+        assert_eq!(redact("redis://:a@h1,redis://:b@h2"), "redis://[redacted]@h1,redis://[redacted]@h2");
         assert!(text.contains("prefetch = 100\n") && text.contains("redis://[redacted]@localhost:1"), "{text}");
         assert!(!format!("{:?}", Settings::load(&sources).unwrap()).contains("hunter2"));
     }

@@ -131,11 +131,7 @@ impl Envelope {
                 from: wire.from,
                 body: wire.body,
                 // A platform that only a newer version knows must not hide the broadcast from the others.
-                targets: wire.target_os.map_or(Platforms::ALL, |names| {
-                    let known: Vec<_> =
-                        names.iter().filter(|name| Platforms::parse(&[name.as_str()]).is_ok()).collect();
-                    Platforms::parse(&known).unwrap_or(Platforms::ALL)
-                }),
+                targets: wire.target_os.map_or(Platforms::ALL, |names| Platforms::known(&names)),
             },
         };
         Ok(Self { id: wire.id, prev: wire.prev, time_ms: wire.time, expires_ms: wire.expires, content })
@@ -202,6 +198,11 @@ mod tests {
             panic!("a broadcast")
         };
         assert_eq!((body.as_str(), targets.names()), ("x", vec!["web"]));
+        let only_new = text.replace(r#""web","tv""#, r#""tv""#);
+        let Content::Broadcast { targets, .. } = Envelope::read(only_new.as_bytes()).unwrap().content else {
+            panic!("a broadcast")
+        };
+        assert!(crate::broadcast::platform::Platform::ALL.iter().all(|platform| !targets.contains(*platform)));
     }
 
     #[test]

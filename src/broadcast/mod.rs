@@ -23,19 +23,30 @@ pub const MAX_ID: BroadcastId = (1 << 53) - 1;
 /// Ids that the lost history may have used lie below it.
 pub const GENERATION_JUMP: u64 = 60_000_000;
 
-/// The next id of an app: above `head`, not below the time; a minute further on when the `generation_changed`.
+/// The next id of an app: above `head`, and not below the time, or a minute ahead of it when the `generation_changed`.
 ///
 /// `now_us`: the ledger's clock, microseconds since the Unix epoch.
 #[must_use]
 pub fn next_id(head: BroadcastId, now_us: u64, generation_changed: bool) -> BroadcastId {
-    let id = now_us.max(head + 1);
-    if generation_changed { id + GENERATION_JUMP } else { id }
+    // The jump counts from now, not from the head: two losses in a row must not lead to the same id twice.
+    let now_us = if generation_changed { now_us + GENERATION_JUMP } else { now_us };
+    now_us.max(head + 1)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn what_was_lost_twice_in_a_row_is_not_used_again() {
+        let now = 1_764_000_000_000_000;
+        let kept = next_id(0, now, true);
+        // Two generations later the head is the same, because what came in between was lost.
+        let lost = next_id(kept, now + 1_000_000, true);
+        let last_lost = lost + 1000;
+        assert!(next_id(kept, now + 4_000_000, true) > last_lost);
+    }
 
     proptest! {
         #[test]

@@ -42,7 +42,7 @@ impl Platform {
     }
 }
 
-/// A set of platforms, never empty. [`Platforms::ALL`] is what a request that names none is sent to.
+/// A set of platforms. [`Platforms::ALL`] is what a request that names none is sent to; a request's is never empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Platforms(u8);
 
@@ -64,6 +64,13 @@ impl Platforms {
             };
         }
         if bits == 0 { Err("targetOs is empty: leave it out to reach every platform") } else { Ok(Self(bits)) }
+    }
+
+    /// The platforms of a list that this version knows; none at all is possible, and then no device here gets it.
+    #[must_use]
+    pub fn known<S: AsRef<str>>(names: &[S]) -> Self {
+        let bits = names.iter().filter_map(|name| Self::parse(&[name.as_ref()]).ok());
+        Self(bits.fold(0, |bits, set| bits | set.0))
     }
 
     /// Whether `platform` is in the set.

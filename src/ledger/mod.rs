@@ -138,14 +138,15 @@ pub const FEED_CAPACITY: usize = 4096;
 /// The result of a ledger call.
 pub type Answer<'a, T> = BoxFuture<'a, Result<T, LedgerError>>;
 
-/// The interface. All calls may be repeated: each finds its own result.
+/// The interface. All calls may be repeated: an acceptance finds its own verdict, the others change nothing twice.
 pub trait Ledger: Send + Sync {
     /// Decides each request, in order: the commit point. One result a request.
     ///
     /// A batch exists for speed only: each request is decided by itself, and one failure leaves the others alone.
     fn accept<'a>(&'a self, batch: &'a [Submission]) -> BoxFuture<'a, Vec<Result<Decision, LedgerError>>>;
 
-    /// Deletes a broadcast everywhere and tells the nodes; `None` if there is none of this id.
+    /// Deletes a broadcast everywhere and tells the nodes; `None` if there is none of this id (any more: a second call gets
+    /// that too).
     fn recall<'a>(&'a self, app: &'a AppKey, id: BroadcastId) -> Answer<'a, Option<Recalled>>;
 
     /// One broadcast, if it is still in the log, or retained and valid.

@@ -41,8 +41,11 @@ impl WorkerSettings {
     /// # Errors
     /// A sentence.
     pub fn validate(&self) -> Result<(), String> {
-        if self.batch == 0 || self.batches_in_flight == 0 || self.reply_timeout_ms == 0 {
-            return Err("worker.batch, worker.batches_in_flight and worker.reply_timeout_ms are at least 1".into());
+        if !(1..=2000).contains(&self.batch) || !(1..=256).contains(&self.batches_in_flight) {
+            return Err("worker.batch is from 1 to 2000, worker.batches_in_flight from 1 to 256".into());
+        }
+        if !(1..=600_000).contains(&self.reply_timeout_ms) {
+            return Err("worker.reply_timeout_ms is from 1 to 600000".into());
         }
         Ok(())
     }

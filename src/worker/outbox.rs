@@ -8,7 +8,7 @@ use lapin::protocol::basic::AMQPProperties;
 use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, PublisherConfirm};
 
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use tokio::sync::Mutex;
 
 use super::SessionError;
@@ -19,6 +19,9 @@ use crate::metrics::Metrics;
 
 /// mandatory: what cannot be routed comes back with its confirmation, instead of vanishing.
 const MANDATORY: BasicPublishOptions = BasicPublishOptions { mandatory: true, immediate: false };
+
+/// How much of the sender's own headers a dead letter keeps.
+const MAX_KEPT_HEADER_BYTES: usize = 8192;
 
 /// A broker that takes longer to store dead letters is not well; the session is rebuilt and the requests come again.
 const DEAD_LETTER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -69,6 +72,10 @@ impl Outbox {
     /// sender asks again with the same request id and gets the stored verdict.
     pub(super) async fn reply(&self, item: &Item, verdict: &Verdict) -> Sent {
         let Some(reply_to) = item.reply_to.clone() else { return Sent(None) };
+        if !is_safe(reply_to.as_str()) {
+            self.metrics.replies_lost.with_label_values(&["bad_reply_to"]).inc();
+            return Sent(None);
+        }
         if self.blocked() {
             self.metrics.replies_lost.with_label_values(&["blocked"]).inc();
             return Sent(None);
@@ -87,8 +94,12 @@ impl Outbox {
         }
     }
 
-    /// Waits until the broker has a reply, or the reply timeout.
-    pub(super) async fn replied(&self, sent: Sent) {
+    /// Waits until the broker has the replies, or the reply timeout; together, so that it is one timeout for all.
+    pub(super) async fn replied(&self, sent: Vec<Sent>) {
+        join_all(sent.into_iter().map(|sent| self.confirmed(sent))).await;
+    }
+
+    async fn confirmed(&self, sent: Sent) {
         let Sent(Some(confirm)) = sent else { return };
         let lost = match tokio::time::timeout(self.reply_timeout, confirm).await {
             Ok(Ok(Confirmation::Ack(None) | Confirmation::NotRequested)) => {
@@ -111,9 +122,7 @@ impl Outbox {
         let channel = self.dead_letters.lock().await;
         let mut confirms = Vec::with_capacity(dead.len());
         for (item, verdict) in dead {
-            let mut headers = item.properties.headers().clone().unwrap_or_default();
-            add_reason(&mut headers, verdict);
-            let properties: AMQPProperties = item.properties.clone().with_headers(headers).with_delivery_mode(2);
+            let properties = dead_properties(&item.properties, verdict);
             let name = &self.dead_letter;
             let sent = channel.basic_publish(name.clone(), name.clone(), MANDATORY, &item.payload, properties);
             confirms.push(sent.await.map_err(failed)?);
@@ -133,9 +142,86 @@ impl Outbox {
     }
 }
 
-/// `x-reason` (a fixed label), `x-code` and `x-desc` (the sentence that a reply would have carried).
-fn add_reason(headers: &mut FieldTable, verdict: &Verdict) {
+/// The properties of a dead letter. Only what cannot harm is carried over: a `user_id` would have the broker refuse it, an
+/// `expiration` would have it vanish, huge headers would not fit a frame.
+///
+/// `x-reason` (a fixed label), `x-code` and `x-desc` (the sentence that a reply would have carried) are added.
+fn dead_properties(original: &AMQPProperties, verdict: &Verdict) -> AMQPProperties {
+    let mut headers = FieldTable::default();
+    let mut bytes = 0;
+    for (name, value) in original.headers().iter().flat_map(|headers| headers.inner()) {
+        bytes += name.as_str().len() + size(value);
+        if bytes > MAX_KEPT_HEADER_BYTES {
+            break;
+        }
+        headers.insert(name.clone(), value.clone());
+    }
     headers.insert("x-reason".into(), AMQPValue::LongString(LongString::from(verdict.reason())));
     headers.insert("x-code".into(), AMQPValue::LongInt(i32::from(verdict.code())));
     headers.insert("x-desc".into(), AMQPValue::LongString(LongString::from(verdict.desc())));
+    let mut properties = BasicProperties::default().with_headers(headers).with_delivery_mode(2);
+    if let Some(message_id) = original.message_id() {
+        properties = properties.with_message_id(message_id.clone());
+    }
+    if let Some(correlation_id) = original.correlation_id() {
+        properties = properties.with_correlation_id(correlation_id.clone());
+    }
+    if let Some(content_type) = original.content_type() {
+        properties = properties.with_content_type(content_type.clone());
+    }
+    if let Some(timestamp) = original.timestamp() {
+        properties = properties.with_timestamp(*timestamp);
+    }
+    properties
+}
+
+/// About how many bytes a header's value takes; containers count as too many.
+fn size(value: &AMQPValue) -> usize {
+    match value {
+        AMQPValue::LongString(text) => text.as_bytes().len(),
+        AMQPValue::ShortString(text) => text.as_str().len(),
+        AMQPValue::FieldArray(_) | AMQPValue::FieldTable(_) | AMQPValue::ByteArray(_) => MAX_KEPT_HEADER_BYTES,
+        _ => 8,
+    }
+}
+
+/// Whether RabbitMQ can take a reply to this. Versions up to 3.10 close the connection over a direct reply-to name that is
+/// not one of theirs.
+fn is_safe(reply_to: &str) -> bool {
+    let Some(direct) = reply_to.strip_prefix("amq.rabbitmq.reply-to") else { return true };
+    let is_base64 = |part: &str| {
+        part.len() >= 16
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=' | b'-' | b'_'))
+    };
+    direct.strip_prefix('.').and_then(|name| name.split_once('.')).is_some_and(|(a, b)| is_base64(a) && is_base64(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broadcast::verdict::Rejection;
+
+    #[test]
+    fn a_dead_letter_carries_over_only_what_cannot_harm() {
+        let mut headers = FieldTable::default();
+        headers.insert("trace".into(), AMQPValue::LongString(LongString::from("t-1")));
+        headers.insert("zzz-huge".into(), AMQPValue::LongString(LongString::from("x".repeat(100_000))));
+        let original = BasicProperties::default()
+            .with_headers(headers)
+            .with_expiration("500".into())
+            .with_user_id("guest".into())
+            .with_message_id("m-1".into());
+        let dead = dead_properties(&original, &Verdict::Rejected(Rejection::bad("no_body", "body is missing")));
+        assert_eq!((dead.expiration(), dead.user_id(), dead.delivery_mode()), (&None, &None, &Some(2)));
+        assert_eq!(dead.message_id().as_ref().map(ShortString::as_str), Some("m-1"));
+        let headers = dead.headers().as_ref().unwrap().inner();
+        assert!(headers.contains_key("trace") && headers.contains_key("x-reason") && !headers.contains_key("zzz-huge"));
+    }
+
+    #[test]
+    fn a_made_up_direct_reply_to_is_not_answered() {
+        assert!(is_safe("my.replies"));
+        assert!(is_safe("amq.rabbitmq.reply-to.g1h2AA5yZXBseUA0NzA4.AAAC9QAAAABVgEsA6Q=="));
+        assert!(!is_safe("amq.rabbitmq.reply-to.!!.x") && !is_safe("amq.rabbitmq.reply-to"));
+    }
 }

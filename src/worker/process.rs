@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lapin::message::Delivery;
+use tokio_util::sync::CancellationToken;
 
 use super::intake::{self, Item};
 use super::outbox::Outbox;
@@ -19,45 +20,47 @@ pub(super) enum Settle {
     Reject { item: Item },
 }
 
-/// Decides a batch and does all that must happen before it is acknowledged.
-pub(super) async fn batch(
+/// Deliveries with their verdicts.
+pub(super) type Decided = Vec<(Item, Verdict)>;
+/// Deliveries that the ledger is to decide.
+pub(super) type Open = Vec<(Item, Submission)>;
+
+/// Reads and checks deliveries: those with a verdict already, which need not wait for the ledger, and those for the ledger.
+pub(super) fn sort(worker: &Worker, deliveries: impl Iterator<Item = Delivery>) -> (Decided, Open) {
+    let (mut rejected, mut submissions) = (Vec::new(), Vec::new());
+    for delivery in deliveries {
+        match intake::read(delivery, &worker.directory) {
+            (item, Ok(submission)) => submissions.push((item, submission)),
+            (item, Err(verdict)) => rejected.push((item, verdict)),
+        }
+    }
+    (rejected, submissions)
+}
+
+/// Has the ledger decide a batch and does all that must happen before it is acknowledged.
+pub(super) async fn decide_and_finish(
     worker: &Worker,
     outbox: &Outbox,
-    deliveries: Vec<Delivery>,
+    shutdown: &CancellationToken,
+    batch: Open,
 ) -> Result<Vec<Settle>, SessionError> {
-    let mut items = Vec::with_capacity(deliveries.len());
-    let mut submissions = Vec::with_capacity(deliveries.len());
-    let mut positions = Vec::with_capacity(deliveries.len());
-    for delivery in deliveries {
-        let (item, outcome) = intake::read(delivery, &worker.directory);
-        match outcome {
-            Ok(submission) => {
-                positions.push(items.len());
-                submissions.push(submission);
-                items.push((item, None));
-            }
-            Err(verdict) => items.push((item, Some(verdict))),
-        }
-    }
-    if !submissions.is_empty() {
-        let verdicts = decide(worker, &submissions).await;
-        for ((position, submission), verdict) in positions.into_iter().zip(submissions).zip(verdicts) {
-            items[position].0.request = Some(submission.request);
-            items[position].1 = Some(verdict);
-        }
-    }
-    let items = items.into_iter().map(|(item, verdict)| {
-        // Every item has a verdict: from intake, or from the ledger just above.
-        let verdict = verdict.unwrap_or_else(|| Verdict::Rejected(Rejection::bad("undecided", "undecided")));
-        report(worker, &item, &verdict);
+    let (items, submissions): (Vec<Item>, Vec<Submission>) = batch.into_iter().unzip();
+    let Some(verdicts) = decide(worker, shutdown, &submissions).await else {
+        // Unsettled: closing the connection gives them back to the queue.
+        return Ok(Vec::new());
+    };
+    let decided = items.into_iter().zip(submissions).zip(verdicts).map(|((mut item, submission), verdict)| {
+        item.request = Some(submission.request);
         (item, verdict)
     });
-    finish(outbox, items.collect()).await
+    finish(worker, outbox, decided.collect()).await
 }
 
 /// Has the ledger decide, however long it takes: while it does not answer, the deliveries are held, unacknowledged and
 /// bounded by the prefetch. Handing them back would only burn their delivery limit.
-async fn decide(worker: &Worker, submissions: &[Submission]) -> Vec<Verdict> {
+///
+/// `None`: the worker is to stop and the ledger still does not answer.
+async fn decide(worker: &Worker, shutdown: &CancellationToken, submissions: &[Submission]) -> Option<Vec<Verdict>> {
     let mut verdicts: Vec<Option<Verdict>> = vec![None; submissions.len()];
     let mut open: Vec<usize> = (0..submissions.len()).collect();
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
@@ -90,13 +93,20 @@ async fn decide(worker: &Worker, submissions: &[Submission]) -> Vec<Verdict> {
             }
         }
         if still_open.is_empty() {
-            return verdicts.into_iter().flatten().collect();
+            return Some(verdicts.into_iter().flatten().collect());
+        }
+        if shutdown.is_cancelled() {
+            tracing::warn!(requests = submissions.len(), "stopping while the ledger is away: given back to the queue");
+            return None;
         }
         held.set(still_open.len());
         worker.metrics.ledger_retries.inc();
         again = still_open.iter().map(|position| submissions[*position].clone()).collect();
         open = still_open;
-        backoff.wait().await;
+        tokio::select! {
+            () = backoff.wait() => {}
+            () = shutdown.cancelled() => {}
+        }
     }
 }
 
@@ -121,11 +131,12 @@ impl Drop for Held<'_> {
 }
 
 /// Tells the senders of what was accepted, keeps what nobody can be told of, and says how to settle.
-async fn finish(outbox: &Outbox, items: Vec<(Item, Verdict)>) -> Result<Vec<Settle>, SessionError> {
+pub(super) async fn finish(worker: &Worker, outbox: &Outbox, items: Decided) -> Result<Vec<Settle>, SessionError> {
     let mut settled = Vec::with_capacity(items.len());
     let mut dead = Vec::new();
     let mut replies = Vec::new();
     for (item, verdict) in items {
+        report(worker, &item, &verdict);
         if matches!(verdict, Verdict::Accepted(_)) {
             replies.push(outbox.reply(&item, &verdict).await);
             settled.push(Settle::Ack { item, reply_after: None });
@@ -154,9 +165,7 @@ async fn finish(outbox: &Outbox, items: Vec<(Item, Verdict)>) -> Result<Vec<Sett
         let reply_after = item.reply_to.is_some().then_some(verdict);
         Settle::Ack { item, reply_after }
     }));
-    for reply in replies {
-        outbox.replied(reply).await;
-    }
+    outbox.replied(replies).await;
     Ok(settled)
 }
 

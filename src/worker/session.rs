@@ -1,5 +1,6 @@
 //! One session with the broker: connect, declare, consume, settle, until something breaks or the worker is told to stop.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -52,7 +53,7 @@ pub(super) async fn run(
     };
     tracing::info!(queue = worker.amqp.queue, "consuming");
     let _ = health.send_replace(Ok(()));
-    let result = consume(worker, &channel, consumer, &outbox, shutdown).await;
+    let result = consume(worker, &channel, consumer, &outbox, health, shutdown).await;
     if result.is_ok() {
         // Closing tells the broker at once; a failure only means that it already knows.
         let _ = connection.close(200, "drained".into()).await;
@@ -84,15 +85,17 @@ async fn consume(
     channel: &Channel,
     mut consumer: Consumer,
     outbox: &Outbox,
+    health: &watch::Sender<Result<(), String>>,
     shutdown: &CancellationToken,
 ) -> Result<(), SessionError> {
     let mut work: FuturesUnordered<BoxFuture<'_, Done>> = FuturesUnordered::new();
+    // Bounded by the prefetch. The stream is read even while everything is held: its end is how a cancelled consumer shows,
+    // and who has lost its deliveries must not go on deciding them.
+    let mut waiting: VecDeque<Delivery> = VecDeque::new();
     let mut window = AckWindow::default();
     let mut look = tokio::time::interval(LOOK_EVERY);
     let mut consuming = true;
     while consuming || !work.is_empty() {
-        // Bounded: a batch under way, or its late replies, each take one of the places.
-        let room = work.len() < worker.settings.batches_in_flight;
         tokio::select! {
             Some(done) = work.next() => if let Done::Decided(settled) = done {
                 let late = settle(channel, &mut window, settled?).await?;
@@ -100,28 +103,62 @@ async fn consume(
                     work.push(reply_late(outbox, late).boxed());
                 }
             },
-            delivery = next(&mut consumer), if consuming && room => {
-                let mut deliveries = Vec::with_capacity(worker.settings.batch);
-                deliveries.push(delivery?);
+            delivery = next(&mut consumer), if consuming => {
+                waiting.push_back(delivery?);
                 // What has arrived meanwhile shares the round trip; nothing waits for a batch to fill.
-                while deliveries.len() < worker.settings.batch
-                    && let Some(delivery) = next(&mut consumer).now_or_never()
-                {
-                    deliveries.push(delivery?);
+                while let Some(delivery) = next(&mut consumer).now_or_never() {
+                    waiting.push_back(delivery?);
                 }
-                worker.metrics.consumed.inc_by(deliveries.len() as u64);
-                work.push(process::batch(worker, outbox, deliveries).map(Done::Decided).boxed());
             },
-            _ = look.tick() => if !outbox.connected() {
-                return Err(SessionError::Connection("the connection for replies was lost".into()));
-            },
+            _ = look.tick() => look_around(worker, channel, outbox, health)?,
             () = shutdown.cancelled(), if consuming => {
                 consuming = false;
+                // Not begun: they go back to the queue when the connection is closed.
+                waiting.clear();
                 channel.basic_cancel("broadcastd".into(), BasicCancelOptions::default()).await?;
                 tracing::info!(batches = work.len(), "no longer consuming; settling what is held");
             },
         }
+        // Bounded: a batch under way, or its late replies, each take one of the places.
+        while !waiting.is_empty() && work.len() < worker.settings.batches_in_flight {
+            let count = waiting.len().min(worker.settings.batch);
+            worker.metrics.consumed.inc_by(count as u64);
+            let (rejected, submissions) = process::sort(worker, waiting.drain(..count));
+            if !rejected.is_empty() {
+                work.push(process::finish(worker, outbox, rejected).map(Done::Decided).boxed());
+            }
+            if !submissions.is_empty() {
+                let decided = process::decide_and_finish(worker, outbox, shutdown, submissions);
+                work.push(decided.map(Done::Decided).boxed());
+            }
+        }
     }
+    Ok(())
+}
+
+/// What no call would tell: a connection that died while nothing was done on it, and a broker that takes no replies.
+fn look_around(
+    worker: &Worker,
+    channel: &Channel,
+    outbox: &Outbox,
+    health: &watch::Sender<Result<(), String>>,
+) -> Result<(), SessionError> {
+    if !channel.status().connected() {
+        return Err(SessionError::Connection(format!("the channel of {} was lost", worker.amqp.queue)));
+    }
+    if !outbox.connected() {
+        return Err(SessionError::Connection("the connection for replies was lost".into()));
+    }
+    let state = if outbox.blocked() {
+        Err("the broker takes no replies (resource alarm); requests are still decided".to_owned())
+    } else {
+        Ok(())
+    };
+    health.send_if_modified(|health| {
+        let is_news = *health != state;
+        *health = state;
+        is_news
+    });
     Ok(())
 }
 
@@ -171,8 +208,6 @@ async fn reply_late(outbox: &Outbox, replies: Vec<(Item, Verdict)>) -> Done {
     for (item, verdict) in &replies {
         sent.push(outbox.reply(item, verdict).await);
     }
-    for sent in sent {
-        outbox.replied(sent).await;
-    }
+    outbox.replied(sent).await;
     Done::Replied
 }

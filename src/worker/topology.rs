@@ -7,6 +7,11 @@ use lapin::{Channel, ExchangeKind};
 use super::SessionError;
 use crate::amqp::{AmqpSettings, describe};
 
+/// The bytes that may wait in the request queue: a million of ordinary size.
+const MAX_REQUEST_BYTES: i64 = 4 << 30;
+/// The bytes of dead letters that are kept.
+const MAX_DEAD_BYTES: i64 = 1 << 30;
+
 /// Declares everything, dead letters first: there is never a queue whose dead letters have nowhere to go.
 pub(super) async fn declare(channel: &Channel, settings: &AmqpSettings) -> Result<(), SessionError> {
     if !settings.declare {
@@ -24,6 +29,7 @@ pub(super) async fn declare(channel: &Channel, settings: &AmqpSettings) -> Resul
     let mut dead = FieldTable::default();
     dead.insert("x-queue-type".into(), text("quorum"));
     dead.insert("x-max-length".into(), AMQPValue::LongLongInt(settings.dead_letter_max_length.into()));
+    dead.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(MAX_DEAD_BYTES));
     // drop-head: a full dead-letter queue must not stop the workers; the oldest dead letters go.
     dead.insert("x-overflow".into(), text("drop-head"));
     channel
@@ -55,6 +61,7 @@ pub(super) async fn declare(channel: &Channel, settings: &AmqpSettings) -> Resul
     requests.insert("x-dead-letter-strategy".into(), text("at-least-once"));
     requests.insert("x-overflow".into(), text("reject-publish"));
     requests.insert("x-max-length".into(), AMQPValue::LongLongInt(settings.queue_max_length.into()));
+    requests.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(MAX_REQUEST_BYTES));
     channel
         .queue_declare(settings.queue.as_str().into(), queue, requests)
         .await

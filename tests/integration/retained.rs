@@ -105,3 +105,24 @@ async fn the_newest_hundred_are_retained_and_platforms_are_kept_apart() {
     in_order(phone.history()).unwrap();
     in_order(browser.history()).unwrap();
 }
+
+/// Row 41, the worst of it: an entry that this version cannot read at all costs itself, not the app.
+#[tokio::test]
+async fn an_envelope_that_cannot_be_read_stops_nothing() {
+    let app = App::new();
+    let stack = Stack::new(std::slice::from_ref(&app));
+    let (_worker, node) = tokio::join!(stack.worker(), stack.node());
+    let amqp = stack.amqp().await;
+    let before = amqp.accepted(&retained(&app, "before")).await;
+    let (id, bad) = (before + 1, r#"{"v":9,"id":"?"}"#);
+    let key = |name: &str| format!("{}{{{}}}:{name}", stack.prefix, app.key);
+    let redis = crate::support::redis::Redis::shared();
+    redis.command(&["XADD", &key("log"), &format!("{id}-0"), "e", bad]);
+    redis.command(&["ZADD", &key("retained"), &id.to_string(), bad]);
+    let meta = redis.command(&["GET", &key("meta")]);
+    redis.command(&["SET", &key("meta"), &meta.trim().replace(&before.to_string(), &id.to_string())]);
+
+    let mut device = Device::online(&app, "web", &node.device_url()).await;
+    amqp.accepted(&request(&app, "after")).await;
+    assert_eq!(device.contents_up_to("after").await, ["before", "after"]);
+}

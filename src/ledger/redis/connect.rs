@@ -138,8 +138,8 @@ impl RedisSettings {
         if self.mode == Mode::Single && infos.len() > 1 {
             return Err("redis.url lists several servers, but redis.mode is single".into());
         }
-        if self.connect_timeout_ms == 0 || self.response_timeout_ms == 0 {
-            return Err("redis.connect_timeout_ms and redis.response_timeout_ms are at least 1".into());
+        if ![self.connect_timeout_ms, self.response_timeout_ms].iter().all(|ms| (1..=600_000).contains(ms)) {
+            return Err("redis.connect_timeout_ms and redis.response_timeout_ms are from 1 to 600000".into());
         }
         Ok(())
     }

@@ -171,11 +171,10 @@ impl RedisLedger {
     fn failed(&self, error: &RedisError) -> LedgerError {
         self.link.suspect();
         let text = describe(error);
-        let code = error.code().unwrap_or_default();
-        if code == "CORRUPT" || code == "WRONGTYPE" || text.contains("WRONGTYPE") || text.contains("user_script") {
-            LedgerError::Corrupt(text)
-        } else {
-            LedgerError::Unavailable(text)
+        // Only what lies in the app's own keys. A missing permission, say, is the operator's, and holds.
+        match error.code() {
+            Some("CORRUPT" | "WRONGTYPE") => LedgerError::Corrupt(text),
+            _ => LedgerError::Unavailable(text),
         }
     }
 
@@ -184,12 +183,9 @@ impl RedisLedger {
         let arguments = arguments([self.keys.log(app), self.keys.retained(app)], [lowest, highest]);
         let value = self.run(&mut live, &self.scripts.history, &arguments).await?;
         let (now_ms, log, retained): (u64, Vec<Vec<u8>>, Vec<Vec<u8>>) = read(value)?;
-        let envelopes = |raw: Vec<Vec<u8>>| -> Result<Vec<Envelope>, LedgerError> {
-            raw.iter().map(|raw| Envelope::read(raw).map_err(|error| LedgerError::Corrupt(error.to_string()))).collect()
-        };
-        let mut retained = envelopes(retained)?;
+        let mut retained: Vec<_> = stored(app, retained).into_iter().map(|stored| stored.envelope).collect();
         retained.retain(|envelope| !envelope.expired(now_ms));
-        let mut log = envelopes(log)?;
+        let mut log: Vec<_> = stored(app, log).into_iter().map(|stored| stored.envelope).collect();
         log.retain(|envelope| !matches!(envelope.content, Content::Recall(_)));
         Ok(History { log, retained })
     }
@@ -291,7 +287,13 @@ impl Ledger for RedisLedger {
             );
             let value = self.run(&mut live, &self.scripts.join, &arguments).await?;
             let (now_ms, head, log, retained): (u64, u64, Vec<Vec<u8>>, Vec<Vec<u8>>) = read(value)?;
-            Ok(Snapshot { now_ms, head, generation: live.generation, log: stored(log)?, retained: stored(retained)? })
+            Ok(Snapshot {
+                now_ms,
+                head,
+                generation: live.generation,
+                log: stored(app, log),
+                retained: stored(app, retained),
+            })
         }
         .boxed()
     }
@@ -394,13 +396,16 @@ fn read<T: redis::FromRedisValue>(value: Value) -> Result<T, LedgerError> {
     redis::from_redis_value(value).map_err(|_| LedgerError::Corrupt("a script gave an unexpected answer".into()))
 }
 
-fn stored(raw: Vec<Vec<u8>>) -> Result<Vec<Stored>, LedgerError> {
-    raw.into_iter()
-        .map(|raw| {
-            let envelope = Envelope::read(&raw).map_err(|error| LedgerError::Corrupt(error.to_string()))?;
-            Ok(Stored { raw: raw.into(), envelope })
-        })
-        .collect()
+/// Reads row by row: one that cannot be read (by this version) is skipped, loudly, and the others are served.
+fn stored(app: &AppKey, raw: Vec<Vec<u8>>) -> Vec<Stored> {
+    let rows = raw.into_iter().filter_map(|raw| match Envelope::read(&raw) {
+        Ok(envelope) => Some(Stored { raw: raw.into(), envelope }),
+        Err(error) => {
+            tracing::error!(%app, %error, "a stored envelope cannot be read and is skipped");
+            None
+        }
+    });
+    rows.collect()
 }
 
 fn small(number: u64) -> u32 {

@@ -42,11 +42,11 @@ end
 -- The next id, and the generations to remember with it. The previous generation is remembered too, so that two workers
 -- that learn of a failover at different moments do not each make ids jump, over and over.
 local function allocate(head, generation, previous, current, now)
-  local id = math.max(head + 1, now)
   if current ~= generation and current ~= previous then
-    return id + JUMP, current, generation
+    -- From now, not from the head: two losses in a row must not lead to the same id twice.
+    return math.max(head + 1, now + JUMP), current, generation
   end
-  return id, generation, previous
+  return math.max(head + 1, now), generation, previous
 end
 
 -- Nodes with a live lease.
