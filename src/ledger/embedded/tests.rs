@@ -302,18 +302,21 @@ async fn an_unreadable_row_spoils_its_own_app_only() {
 
 #[tokio::test]
 async fn ids_jump_for_the_first_broadcast_and_for_another_generation_only() {
-    let ledger = EmbeddedLedger::in_memory(SETTINGS, clock().1).unwrap();
+    let (time, clock) = clock();
+    let ledger = EmbeddedLedger::in_memory(SETTINGS, clock).unwrap();
     let id = async |request_id: &str| accepted(accept(&ledger, request_id).await).id;
     let first = id("1").await;
     assert_eq!(first, NOW_US + GENERATION_JUMP);
     assert_eq!(id("2").await, first + 1);
     let old = ledger.generation();
     ledger.set_generation("another");
-    assert_eq!(id("3").await, first + 2 + GENERATION_JUMP);
+    time.fetch_add(1_000_000, Ordering::SeqCst);
+    assert_eq!(id("3").await, NOW_US + 1_000_000 + GENERATION_JUMP);
     ledger.set_generation(&old.0);
-    assert_eq!(id("4").await, first + 3 + GENERATION_JUMP);
+    assert_eq!(id("4").await, NOW_US + 1_000_001 + GENERATION_JUMP);
     ledger.set_generation("third");
-    assert_eq!(id("5").await, first + 4 + 2 * GENERATION_JUMP);
+    time.fetch_add(1_000_000, Ordering::SeqCst);
+    assert_eq!(id("5").await, NOW_US + 2_000_000 + GENERATION_JUMP);
 }
 
 #[tokio::test]

@@ -88,7 +88,7 @@ impl App {
     fn next(&mut self, now_us: u64, generation: &str) -> (u64, u64) {
         let (head, current, before) = self.meta.take().unwrap_or_default();
         let same = [&current, &before].into_iter().any(|known| known == generation);
-        let id = (head + 1).max(now_us) + if same { 0 } else { 60_000_000 };
+        let id = (head + 1).max(now_us + if same { 0 } else { 60_000_000 });
         self.meta = Some(if same { (id, current, before) } else { (id, generation.to_owned(), current) });
         (id, head)
     }
