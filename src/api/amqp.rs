@@ -131,12 +131,8 @@ impl AmqpSubmitter {
                 arrived = &mut arrival => return match arrived {
                     Ok(Arrival::Reply(bytes)) => read(&bytes),
                     Ok(Arrival::Returned) => Outcome::Busy(NO_QUEUE),
-                    // The link is gone. If the broker said why it refused, the confirm has it by now or within moments.
-                    Err(_) if confirmed => Outcome::Unknown(LOST),
-                    Err(_) => match timeout(Duration::from_millis(100), confirm.wait()).await {
-                        Ok(Err(error)) if no_exchange(&error) => Outcome::Busy(NO_EXCHANGE),
-                        _ => Outcome::Unknown(LOST),
-                    },
+                    // The link is gone.
+                    Err(_) => Outcome::Unknown(LOST),
                 },
                 confirmation = confirm.wait(), if !confirmed => match confirmation {
                     Ok(Confirmation::Nack(_)) => return Outcome::Busy("the message broker refused the request"),
@@ -147,7 +143,8 @@ impl AmqpSubmitter {
                         // another call's: its correlation id says whose it is.
                         link.arrive(returned.properties.correlation_id().as_ref(), Arrival::Returned);
                     }
-                    Err(error) if no_exchange(&error) => return Outcome::Busy(NO_EXCHANGE),
+                    // Whatever it says: an error closes the channel for all calls, and which of them it was about, and
+                    // which had got to the queue before, cannot be told.
                     Err(_) => return Outcome::Unknown(LOST),
                 },
                 () = tokio::time::sleep_until(deadline) => {
@@ -160,7 +157,6 @@ impl AmqpSubmitter {
 
 const LOST: &str = "the connection to the message broker was lost";
 const NO_QUEUE: &str = "no worker queue: the exchange has no queue bound for requests";
-const NO_EXCHANGE: &str = "no worker queue: the exchange does not exist";
 
 /// A confirm that is waited for even if its call is over: lapin keeps each one that is dropped unresolved in a list that
 /// only grows. It resolves with the broker's answer or with the channel's end.
@@ -195,11 +191,6 @@ fn never_sent(error: &lapin::Error) -> bool {
         error.kind(),
         ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) | ErrorKind::InvalidChannel(_)
     )
-}
-
-fn no_exchange(error: &lapin::Error) -> bool {
-    const NOT_FOUND: u16 = 404;
-    matches!(error.kind(), ErrorKind::ProtocolError(error) if error.get_id() == NOT_FOUND)
 }
 
 /// The worker's reply. One that cannot be read says nothing about the request.

@@ -14,7 +14,7 @@ const ARRIVAL: Duration = Duration::from_secs(10);
 
 /// Of a body that is too large, so much is still read and thrown away: a client that is cut off while it sends does not
 /// see the answer.
-const DISCARDED: usize = 8 * 1024 * 1024;
+const DISCARDED: usize = 17 * 1024 * 1024;
 
 /// Reads at most `most` bytes.
 ///

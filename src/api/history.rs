@@ -1,8 +1,10 @@
 //! The calls about broadcasts that exist: one, a page of them, and deletion.
 
 use std::future::Future;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::Api;
 use super::form::Form;
@@ -49,27 +51,62 @@ pub(super) async fn query(api: &Api, app: &App, mut form: Form) -> Result<Answer
     Ok(ok("msgs", list.iter().filter_map(envelope::history).collect()))
 }
 
-pub(super) async fn delete(api: &Api, app: &App, mut form: Form) -> Result<Answer, Answer> {
+/// Deletes a broadcast. One that is gone already is a 404: also the second time that the same deletion is asked for.
+pub(super) async fn delete(
+    api: &Arc<Api>,
+    app: Arc<App>,
+    mut form: Form,
+    permit: OwnedSemaphorePermit,
+) -> Result<Answer, Answer> {
     let id = broadcast_id(&mut form)?;
-    let recalled = api.ask(app, api.ledger.recall(&app.key, id)).await?.ok_or_else(not_found)?;
-    tracing::info!(app = %app.key, broadcast_id = id, recall_id = recalled.recall_id, targeted = recalled.targeted,
-        reached = recalled.reached, "broadcast recalled");
-    Ok(Answer { code: code::OK, json: json!({ "code": code::OK }) })
+    let api = Arc::clone(api);
+    // A task of its own: a caller that hangs up must not leave a deletion half done and unlogged.
+    let task = tokio::spawn(async move {
+        let _permit = permit;
+        api.recall(&app, id).await
+    });
+    task.await.map_err(|_| Answer::error(code::UNKNOWN, UNKNOWN_DELETION))?
 }
 
+const UNKNOWN_DELETION: &str =
+    "unknown: the ledger did not answer; ask again: if it is gone by then, the answer is 404";
+
 impl Api {
-    /// Waits for the ledger, no longer than for a reply. All of these calls may be repeated.
+    async fn recall(&self, app: &App, id: BroadcastId) -> Result<Answer, Answer> {
+        match self.bounded(self.ledger.recall(&app.key, id)).await {
+            Ok(Some(recalled)) => {
+                tracing::info!(app = %app.key, broadcast_id = id, recall_id = recalled.recall_id,
+                    targeted = recalled.targeted, reached = recalled.reached, "broadcast recalled");
+                Ok(Answer { code: code::OK, json: json!({ "code": code::OK }) })
+            }
+            Ok(None) => Err(not_found()),
+            Err(problem) => {
+                tracing::warn!(app = %app.key, broadcast_id = id, %problem, "a deletion's outcome is unknown");
+                Err(match problem {
+                    // The ledger may have got it before it went silent, so this is no 503.
+                    LedgerError::Unavailable(_) => Answer::error(code::UNKNOWN, UNKNOWN_DELETION),
+                    LedgerError::Corrupt(_) => unreadable(),
+                })
+            }
+        }
+    }
+
+    /// Asks the ledger something that changes nothing.
     async fn ask<T>(&self, app: &App, answer: impl Future<Output = Result<T, LedgerError>>) -> Result<T, Answer> {
-        let problem = match tokio::time::timeout(self.settings.reply_timeout(), answer).await {
-            Ok(Ok(value)) => return Ok(value),
-            Ok(Err(error)) => error,
-            Err(_) => LedgerError::Unavailable("no answer in time".to_owned()),
-        };
-        tracing::warn!(app = %app.key, %problem, "a history call had no answer from the ledger");
-        Err(match problem {
-            LedgerError::Unavailable(_) => Answer::error(code::BUSY, "the ledger is unavailable; try again later"),
-            LedgerError::Corrupt(_) => Answer::error(code::UNKNOWN, "the ledger holds something unreadable"),
+        self.bounded(answer).await.map_err(|problem| {
+            tracing::warn!(app = %app.key, %problem, "a history call had no answer from the ledger");
+            match problem {
+                LedgerError::Unavailable(_) => Answer::error(code::BUSY, "the ledger is unavailable; try again later"),
+                LedgerError::Corrupt(_) => unreadable(),
+            }
         })
+    }
+
+    /// Waits for the ledger, no longer than for a reply.
+    async fn bounded<T>(&self, answer: impl Future<Output = Result<T, LedgerError>>) -> Result<T, LedgerError> {
+        tokio::time::timeout(self.settings.reply_timeout(), answer)
+            .await
+            .unwrap_or_else(|_| Err(LedgerError::Unavailable("no answer in time".to_owned())))
     }
 }
 
@@ -81,6 +118,10 @@ fn broadcast_id(form: &mut Form) -> Result<BroadcastId, Rejection> {
 
 fn ok(name: &'static str, value: Value) -> Answer {
     Answer { code: code::OK, json: json!({ "code": code::OK, name: value }) }
+}
+
+fn unreadable() -> Answer {
+    Answer::error(code::UNKNOWN, "the ledger holds something unreadable")
 }
 
 fn not_found() -> Answer {

@@ -133,18 +133,22 @@ impl Api {
         // Read before the signature is judged, so that the connection stays usable; bounded either way.
         let body = body::read(&parts.headers, body, self.settings.max_body_bytes).await;
         let app = self.authenticate(&parts.headers)?;
-        let form = Form::parse(single(&parts.headers, "Content-Type")?, &body?, call.parameters())?;
+        let mut form = Form::parse(single(&parts.headers, "Content-Type")?, &body?, call.parameters())?;
         if !app.broadcast {
             return Err(Answer::error(code::FORBIDDEN, "broadcasts are not activated for this app"));
         }
-        let permit = Arc::clone(&self.in_flight)
-            .try_acquire_owned()
-            .map_err(|_| Answer::error(code::BUSY, "busy: nothing was sent; try again later"))?;
+        let Ok(permit) = Arc::clone(&self.in_flight).try_acquire_owned() else {
+            let mut busy = Answer::error(code::BUSY, "busy: nothing was sent; try again later");
+            if let Some(id) = form.take("requestId").filter(|id| !id.is_empty()) {
+                busy.json["requestId"] = id.into();
+            }
+            return Err(busy);
+        };
         match call {
             Call::Broadcast => self.broadcast(&app, &parts.headers, form, permit).await,
             Call::QueryById => history::query_by_id(self, &app, form).await,
             Call::Query => history::query(self, &app, form).await,
-            Call::Delete => history::delete(self, &app, form).await,
+            Call::Delete => history::delete(self, app, form, permit).await,
         }
     }
 
@@ -211,7 +215,7 @@ fn with_request_id(code: u16, desc: &str, request_id: &str) -> Answer {
 
 /// The request that the parameters describe. `sdk_id`: the `RequestId` header.
 fn request(app: &App, mut form: Form, sdk_id: Option<&str>) -> Result<Request, Rejection> {
-    let given = form.take("requestId");
+    let given = form.take("requestId").filter(|id| !id.is_empty());
     let dedupe_seconds = form.take_number("dedupeSeconds")?;
     let target_os = match form.take("targetOs").filter(|text| !text.is_empty()) {
         None => None,

@@ -72,7 +72,6 @@ async fn bad_parameters_are_refused_and_nothing_is_submitted() {
         "body=hi&targetOs=[]",
         "body=hi&targetOs=[1]",
         "body=hi&targetOs=[\"symbian\"]",
-        "body=hi&requestId=",
         "body=hi&requestId=a b",
         "body=hi&dedupeSeconds=0",
         "body=hi&isofline=true",
@@ -148,6 +147,19 @@ async fn the_same_request_id_is_one_broadcast_and_another_content_is_refused() {
 }
 
 #[tokio::test]
+async fn an_empty_request_id_is_none() {
+    let bench = bench();
+    let first = bench.call(SEND, &[("body", "hi"), ("requestId", "")]).await;
+    let second = bench.call(SEND, &[("body", "hi"), ("requestId", "")]).await;
+    assert_eq!((&first["code"], &second["code"]), (&json!(200), &json!(200)));
+    assert_ne!(first["msg"]["broadcastId"], second["msg"]["broadcastId"]);
+    let mut traced = signed(SEND, "demo", "body=hi&requestId=");
+    traced.headers_mut().insert("RequestId", HeaderValue::from_static("trace-1"));
+    bench.send(traced).await;
+    assert!(bench.ledger.submissions.lock().unwrap()[2].request.id.starts_with("sdk:trace-1:"));
+}
+
+#[tokio::test]
 async fn an_sdk_retry_is_one_broadcast_and_one_trace_id_may_send_several() {
     let bench = bench();
     let send = async |trace: &str, body: &str| {
@@ -202,7 +214,9 @@ async fn a_ledger_that_stays_away_is_an_honest_unknown_with_the_id_to_retry() {
 async fn more_than_the_bound_under_way_is_503_at_once() {
     let bench = Bench::new(super::super::ApiSettings { max_in_flight: 0, ..settings() });
     let answer = bench.call(SEND, &[("body", "hi")]).await;
-    assert_eq!(answer["code"], 503);
+    assert_eq!((&answer["code"], answer.get("requestId")), (&json!(503), None));
+    let answer = bench.call(SEND, &[("body", "hi"), ("requestId", "r-1")]).await;
+    assert_eq!((&answer["code"], &answer["requestId"]), (&json!(503), &json!("r-1")));
     assert!(bench.ledger.submissions.lock().unwrap().is_empty());
 }
 
@@ -237,6 +251,60 @@ async fn broadcasts_are_listed_found_and_deleted() {
     assert_eq!(bench.call(Call::Delete.path(), &one).await["code"], 404);
     assert_eq!(bench.call(Call::QueryById.path(), &one).await["code"], 404);
     assert_eq!(bench.call(Call::QueryById.path(), &[]).await["code"], 414);
+}
+
+/// The ledger may have deleted it before it went silent: not "nothing was sent".
+#[tokio::test(start_paused = true)]
+async fn a_deletion_without_an_answer_is_unknown() {
+    let bench = bench();
+    bench.call(SEND, &[("body", "hi")]).await;
+    let id = START.to_string();
+    let one = [("broadcastId", id.as_str())];
+    bench.ledger.down.store(true, Ordering::SeqCst);
+    assert_eq!(bench.call(Call::Delete.path(), &one).await["code"], 500);
+    bench.ledger.down.store(false, Ordering::SeqCst);
+    let held = bench.ledger.recalls.write().await;
+    let answer = bench.call(Call::Delete.path(), &one).await;
+    assert_eq!(answer["code"], 500);
+    assert!(answer["desc"].as_str().unwrap().starts_with("unknown: "), "{answer}");
+    drop(held);
+    assert_eq!(bench.call(Call::Delete.path(), &one).await["code"], 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_hangs_up_does_not_stop_its_deletion() {
+    let bench = bench();
+    bench.call(SEND, &[("body", "hi")]).await;
+    let id = START.to_string();
+    let one = [("broadcastId", id.as_str())];
+    let held = bench.ledger.recalls.write().await;
+    let patience = std::time::Duration::from_millis(100);
+    assert!(tokio::time::timeout(patience, bench.call(Call::Delete.path(), &one)).await.is_err(), "hung up");
+    drop(held);
+    // The task that was left runs when this one lets it.
+    tokio::task::yield_now().await;
+    assert_eq!(bench.call(Call::QueryById.path(), &one).await["code"], 404);
+}
+
+/// Over a real connection: one that is closed while its client still sends is reset, and the answer is lost.
+#[tokio::test]
+async fn a_body_that_is_far_too_large_is_told_so() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let shutdown = tokio_util::sync::CancellationToken::new();
+    let server = tokio::spawn(super::super::serve::serve(listener, bench().router, shutdown.clone()));
+    let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+    let body = vec![b'x'; 16 << 20];
+    let head =
+        format!("POST {SEND} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+    client.write_all(head.as_bytes()).await.unwrap();
+    client.write_all(&body).await.unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(r#""code":414"#), "{answer}");
+    shutdown.cancel();
+    server.await.unwrap();
 }
 
 #[tokio::test]

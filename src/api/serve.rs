@@ -11,16 +11,26 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Connections at once. On a listener, further ones wait in its backlog; handed-over ones are closed.
+/// Connections at once. On a listener, further ones wait in its backlog; handed-over ones are answered 503.
 pub const MAX_CONNECTIONS: usize = 2048;
 /// How long the head of a request may take; also how long a connection may be idle between two.
-const HEAD: Duration = Duration::from_secs(30);
+/// Short, so that connections that say nothing cannot hold the places of those that do.
+const HEAD: Duration = Duration::from_secs(5);
+/// Connections that are being answered 503, at once. Further ones are closed without a word.
+const MAX_REFUSED: usize = 64;
+/// How long that may take, and how much of such a request is read and thrown away, so that its client sees the answer.
+const REFUSING: Duration = Duration::from_secs(1);
+const REFUSED_BYTES: u64 = 128 * 1024;
+/// The answer.
+const FULL: &str = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\n\
+    Cache-Control: no-store\r\nContent-Length: 63\r\nConnection: close\r\n\r\n\
+    {\"code\":503,\"desc\":\"busy: nothing was sent; try again later\"}\r\n";
 
 /// Serves a listener until `shutdown`; then lets the calls under way finish, and returns when the last one has.
 pub async fn serve(listener: TcpListener, router: Router, shutdown: CancellationToken) {
@@ -42,6 +52,7 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Cancellation
                 connections.spawn(connection(
                     Prefixed::new(Vec::new(), stream),
                     router.clone(),
+                    true,
                     permit,
                     shutdown.clone(),
                 ));
@@ -59,12 +70,15 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Cancellation
 }
 
 /// Serves connections as they come over, each with the bytes that were read from it already; ends like [`serve`].
+///
+/// One request a connection: a next one on it could be a device's WebSocket upgrade, which is not served here.
 pub async fn serve_handed_over(
     mut receiver: mpsc::Receiver<(std::net::TcpStream, Vec<u8>)>,
     router: Router,
     shutdown: CancellationToken,
 ) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let refusals = Arc::new(Semaphore::new(MAX_REFUSED));
     let connections = TaskTracker::new();
     loop {
         let handed_over = tokio::select! {
@@ -72,24 +86,45 @@ pub async fn serve_handed_over(
             () = shutdown.cancelled() => break,
         };
         let Some((stream, prefix)) = handed_over else { break };
-        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
-            tracing::warn!(most = MAX_CONNECTIONS, "too many HTTP connections; closed one");
-            continue;
-        };
-        match stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream)) {
-            Ok(stream) => {
-                connections.spawn(connection(Prefixed::new(prefix, stream), router.clone(), permit, shutdown.clone()));
+        let stream = match stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream)) {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot take a connection over");
+                continue;
             }
-            Err(error) => tracing::warn!(%error, "cannot take a connection over"),
+        };
+        if let Ok(permit) = Arc::clone(&permits).try_acquire_owned() {
+            let stream = Prefixed::new(prefix, stream);
+            connections.spawn(connection(stream, router.clone(), false, permit, shutdown.clone()));
+        } else {
+            tracing::warn!(most = MAX_CONNECTIONS, "too many HTTP connections; refused one");
+            if let Ok(permit) = Arc::clone(&refusals).try_acquire_owned() {
+                connections.spawn(refuse(stream, permit));
+            }
         }
     }
     connections.close();
     connections.wait().await;
 }
 
+/// Answers 503, whatever the request is.
+async fn refuse(mut stream: TcpStream, permit: OwnedSemaphorePermit) {
+    let _permit = permit;
+    let answer = async {
+        stream.write_all(FULL.as_bytes()).await?;
+        stream.shutdown().await?;
+        // A connection that is closed with bytes unread is reset, and the answer may be lost with it.
+        tokio::io::copy(&mut stream.take(REFUSED_BYTES), &mut tokio::io::sink()).await
+    };
+    // An error is a client that went away: no news.
+    let _ = tokio::time::timeout(REFUSING, answer).await;
+}
+
+/// `keep_alive`: whether further requests may follow the first one.
 async fn connection(
     stream: Prefixed<TcpStream>,
     router: Router,
+    keep_alive: bool,
     permit: OwnedSemaphorePermit,
     shutdown: CancellationToken,
 ) {
@@ -99,6 +134,7 @@ async fn connection(
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
+        .keep_alive(keep_alive)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     let mut served = pin!(served);
     // An error is a client that went away or sends something else than HTTP: no news.
@@ -161,7 +197,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
 mod tests {
     use super::*;
     use axum::routing::get;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::time::Instant;
 
     fn router() -> Router {
         Router::new().route("/hello", get(|| async { "hi" }))
@@ -178,10 +214,52 @@ mod tests {
         let (accepted, _) = listener.accept().await.unwrap();
         let first = b"GET /hello HT".to_vec();
         sender.send((accepted.into_std().unwrap(), first)).await.unwrap();
-        client.write_all(b"TP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+        client.write_all(b"TP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("hi"), "{answer}");
+        assert!(answer.contains("connection: close\r\n"), "the next request may be a device's: {answer}");
+        shutdown.cancel();
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn when_full_it_says_so_and_has_room_again_soon() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = TcpStream::connect(address).await.unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        let permits = Arc::new(Semaphore::new(1));
+        let permit = Arc::clone(&permits).acquire_owned().await.unwrap();
+        let refusal = tokio::spawn(refuse(accepted, permit));
+        let (mut reader, mut writer) = client.into_split();
+        writer.write_all(b"POST /nimserver/x HTTP/1.1\r\nContent-Length: 65536\r\n\r\n").await.unwrap();
+        writer.write_all(&[b'x'; 65_536]).await.unwrap();
+        drop(writer);
+        refusal.await.unwrap();
+        let mut answer = String::new();
+        reader.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 503 ") && head.contains("\r\nConnection: close"), "{head}");
+        assert!(head.contains(&format!("\r\nContent-Length: {}\r\n", body.len())), "{answer}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(body).unwrap()["code"], 503);
+        assert_eq!(permits.available_permits(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_says_nothing_is_closed_in_seconds() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let server = tokio::spawn(serve(listener, router(), shutdown.clone()));
+        for said in ["", "GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"] {
+            let started = Instant::now();
+            let mut client = TcpStream::connect(address).await.unwrap();
+            client.write_all(said.as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).await.unwrap();
+            assert!(started.elapsed() < Duration::from_secs(11), "{:?} after {said:?}", started.elapsed());
+        }
         shutdown.cancel();
         server.await.unwrap();
     }

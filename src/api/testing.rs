@@ -34,6 +34,8 @@ pub struct FakeLedger {
     pub down: AtomicBool,
     /// This many calls are accepted, but answered as if they had been lost.
     pub lose_answers: AtomicU32,
+    /// Deletions wait while this is held for writing.
+    pub recalls: tokio::sync::RwLock<()>,
     pub submissions: Mutex<Vec<Submission>>,
     verdicts: Mutex<HashMap<String, (String, Accepted)>>,
     log: Mutex<Vec<Envelope>>,
@@ -81,6 +83,7 @@ impl Ledger for FakeLedger {
     fn recall<'a>(&'a self, _: &'a AppKey, id: BroadcastId) -> Answer<'a, Option<Recalled>> {
         Box::pin(async move {
             self.check()?;
+            let _open = self.recalls.read().await;
             let mut log = self.log.lock().unwrap();
             let position = log.iter().position(|envelope| envelope.id == id);
             Ok(position.map(|position| {

@@ -86,6 +86,8 @@ enum Frame {
     Welcome {
         #[serde(default)]
         head: BroadcastId,
+        /// `None`: an older server's, which does not say when the head may be taken.
+        pending: Option<u64>,
     },
     Broadcast(Broadcast),
     Recall {
@@ -117,6 +119,9 @@ struct LoginFrame<'a> {
 pub struct Device {
     login: Login,
     socket: Option<WebSocketStream<MaybeTlsStream<TcpStream>>>,
+    /// The welcome's head, and how many broadcasts must arrive before it is the cursor: without it, a device that was sent
+    /// nothing would come back as a new one and miss what came meanwhile for online devices.
+    announced: Option<(BroadcastId, u64)>,
     pause: Duration,
     backoff: Backoff,
 }
@@ -125,7 +130,13 @@ impl Device {
     /// Connects at the first [`Device::next`].
     #[must_use]
     pub const fn new(login: Login) -> Self {
-        Self { login, socket: None, pause: Duration::ZERO, backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE) }
+        Self {
+            login,
+            socket: None,
+            announced: None,
+            pause: Duration::ZERO,
+            backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
+        }
     }
 
     /// Waits for what happens next; reconnects from its cursor after the announced pause.
@@ -170,12 +181,16 @@ impl Device {
     /// `None`: nothing that matters.
     fn read(&mut self, text: &str) -> Result<Option<Happening>, Refused> {
         match serde_json::from_str(text) {
-            Ok(Frame::Welcome { head }) => {
+            Ok(Frame::Welcome { head, pending }) => {
                 self.backoff.reset();
+                self.announced = pending.map(|pending| (head, pending));
+                self.take_head();
                 Ok(Some(Happening::Welcome(head)))
             }
             Ok(Frame::Broadcast(broadcast)) => {
                 self.login.since = self.login.since.max(broadcast.id);
+                self.announced = self.announced.map(|(head, pending)| (head, pending.saturating_sub(1)));
+                self.take_head();
                 Ok(Some(Happening::Broadcast(broadcast)))
             }
             Ok(Frame::Recall { id }) => Ok(Some(Happening::Recall(id))),
@@ -188,8 +203,17 @@ impl Device {
         }
     }
 
+    /// Once the pending broadcasts are in, the head is the cursor, unless that is further.
+    fn take_head(&mut self) {
+        if let Some((head, 0)) = self.announced {
+            self.login.since = self.login.since.max(head);
+            self.announced = None;
+        }
+    }
+
     fn away(&mut self, why: String, wish: Option<Duration>) -> Happening {
         self.socket = None;
+        self.announced = None;
         self.pause = wish.unwrap_or_else(|| self.backoff.next_delay());
         Happening::Away(why, self.pause)
     }

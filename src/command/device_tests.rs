@@ -61,6 +61,34 @@ async fn it_comes_back_with_its_cursor_after_the_pause_that_the_server_asks_for(
     let _ = tokio::join!(server, client);
 }
 
+/// A welcome's head is the cursor once the pending broadcasts are in, and not before.
+#[tokio::test]
+async fn the_head_is_the_cursor_once_the_pending_broadcasts_are_in() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut device = Device::new(login(format!("ws://{}/ws", listener.local_addr().unwrap())));
+    let broadcast = |id: u64| format!(r#"{{"type":"broadcast","id":{id},"fromAccount":"","time":5,"content":"hi"}}"#);
+    let (three, seven, thirty) = (broadcast(3), broadcast(7), broadcast(30));
+    let rounds: [(u64, Vec<&str>); 5] = [
+        (0, vec![r#"{"type":"welcome","session":"s","head":1,"pending":0}"#]),
+        (1, vec![r#"{"type":"welcome","session":"s","head":9,"pending":2}"#, &three]),
+        (3, vec![r#"{"type":"welcome","session":"s","head":9,"pending":1}"#, &seven]),
+        (9, vec![r#"{"type":"welcome","session":"s","head":20,"pending":0}"#, &thirty]),
+        (30, vec![r#"{"type":"welcome","session":"s","head":2,"pending":0}"#]),
+    ];
+    let server = async {
+        for (since, frames) in &rounds {
+            let (login, mut socket) = serve_one(&listener, frames).await;
+            assert_eq!(login["since"], *since);
+            let close = CloseFrame { code: 1012.into(), reason: r#"{"reconnectAfterMs":1}"#.into() };
+            socket.close(Some(close)).await.unwrap();
+        }
+        let (login, _) = serve_one(&listener, &[r#"{"type":"error","code":403,"desc":"over"}"#]).await;
+        assert_eq!(login["since"], 30, "an older head does not move the cursor back");
+    };
+    let client = async { while device.next().await.is_ok() {} };
+    let _ = tokio::join!(server, client);
+}
+
 #[tokio::test]
 async fn a_server_that_is_not_there_is_tried_again() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
