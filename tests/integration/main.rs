@@ -11,6 +11,7 @@ mod differential;
 mod drain;
 mod end_to_end;
 mod faults;
+mod hostile;
 mod requests;
 mod retained;
 mod selftest;

@@ -53,6 +53,8 @@ pub struct DeadLetter {
     pub headers: HashMap<String, String>,
     /// What was sent.
     pub payload: Vec<u8>,
+    /// Whether the broker drops it after a time.
+    pub has_expiration: bool,
 }
 
 impl Amqp {
@@ -161,7 +163,12 @@ impl Amqp {
             message.acker.ack(BasicAckOptions::default()).await.map_err(|error| error.to_string())?;
             let headers = message.delivery.properties.headers().clone().unwrap_or_default();
             let headers = headers.inner().iter().map(|(name, value)| (name.as_str().to_owned(), text(value)));
-            Ok::<_, String>(DeadLetter { headers: headers.collect(), payload: message.delivery.data.clone() })
+            let has_expiration = message.delivery.properties.expiration().is_some();
+            Ok::<_, String>(DeadLetter {
+                headers: headers.collect(),
+                payload: message.delivery.data.clone(),
+                has_expiration,
+            })
         })
         .await
     }
