@@ -32,7 +32,7 @@ pub struct View {
     /// Its sessions on this shard.
     pub members: Members,
     /// Whether a sweep is under way.
-    is_swept: bool,
+    is_sweeping: bool,
     /// What it delivers, by when it came. At most half of the window, and one portion.
     told: VecDeque<Told>,
 }
@@ -142,7 +142,7 @@ impl Shard {
 
     fn start_sweep(&mut self, app: AppIndex) -> Option<Lap> {
         let view = self.views.get_mut(app as usize)?;
-        if !std::mem::replace(&mut view.is_swept, true) {
+        if !std::mem::replace(&mut view.is_sweeping, true) {
             self.sweeping.push_back(app);
         }
         // Those who were visited before this came are visited again.
@@ -156,7 +156,7 @@ impl Shard {
             if !self.sweep_slice(app) {
                 self.sweeping.push_back(app);
             } else if let Some(view) = self.views.get_mut(app as usize) {
-                view.is_swept = false;
+                view.is_sweeping = false;
             }
             self.end_laps(app);
         }
