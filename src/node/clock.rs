@@ -1,7 +1,7 @@
 //! The ledger's clock, as the node knows it: expiry follows it, not the node's own.
 
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Milliseconds since the Unix epoch by the ledger's clock, carried on by a monotonic one between its answers.
 #[derive(Debug)]
@@ -22,10 +22,14 @@ impl LedgerClock {
         i64::try_from(self.start.elapsed().as_millis()).unwrap_or(i64::MAX)
     }
 
-    /// Takes the time of an answer that just arrived. It is behind by the answer's way here, milliseconds.
-    pub fn set(&self, now_ms: u64) {
-        let now_ms = i64::try_from(now_ms).unwrap_or(i64::MAX);
-        self.offset_ms.store(now_ms.saturating_sub(self.elapsed_ms()), Ordering::Relaxed);
+    /// Takes the time of an answer that just arrived, `round_trip` after it was asked for. The ledger's time is now between
+    /// that and `round_trip` later; what is known already stays where it lies within, so that no slow answer sets it back.
+    pub fn set(&self, now_ms: u64, round_trip: Duration) {
+        let elapsed_ms = self.elapsed_ms();
+        let least = i64::try_from(now_ms).unwrap_or(i64::MAX);
+        let most = least.saturating_add(i64::try_from(round_trip.as_millis()).unwrap_or(i64::MAX));
+        let known = elapsed_ms.saturating_add(self.offset_ms.load(Ordering::Relaxed));
+        self.offset_ms.store(known.clamp(least, most).saturating_sub(elapsed_ms), Ordering::Relaxed);
     }
 
     /// The time now.
@@ -43,9 +47,20 @@ mod tests {
     fn it_follows_the_ledger_whatever_the_node_thinks() {
         let clock = LedgerClock::new();
         let own = clock.now_ms();
-        clock.set(5_000);
+        clock.set(5_000, Duration::ZERO);
         assert!((5_000..60_000).contains(&clock.now_ms()));
-        clock.set(own + 3_600_000);
+        clock.set(own + 3_600_000, Duration::ZERO);
         assert!(clock.now_ms() >= own + 3_600_000);
+    }
+
+    #[test]
+    fn a_slow_answer_does_not_set_it_back() {
+        let clock = LedgerClock::new();
+        clock.set(1_000_000, Duration::ZERO);
+        clock.set(995_000, Duration::from_secs(6));
+        assert!(clock.now_ms() >= 1_000_000);
+        // The same answer after a shorter way does: it was wrong before.
+        clock.set(995_000, Duration::from_secs(1));
+        assert!((995_000..1_000_000).contains(&clock.now_ms()));
     }
 }

@@ -45,6 +45,19 @@ pub mod close {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Violation(pub u16);
 
+impl Violation {
+    /// For the device.
+    #[must_use]
+    pub const fn desc(self) -> &'static str {
+        match self.0 {
+            close::NOT_TEXT => "a device sends text messages only",
+            close::NOT_UTF8 => "text is UTF-8",
+            close::TOO_LONG => "a message has at most 4096 bytes",
+            _ => "the frames are not those of RFC 6455",
+        }
+    }
+}
+
 /// What a client sent.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event<'a> {

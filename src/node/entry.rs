@@ -96,7 +96,7 @@ impl Entry {
         self.expires_ms != 0 && self.expires_ms <= now_ms
     }
 
-    /// Counts sessions that were sent it in a sweep.
+    /// Counts sessions that were sent it live; those after [`Entry::finish`] are not reported.
     pub fn count(&self, sessions: u32) {
         self.tally.sessions.fetch_add(sessions, Ordering::Relaxed);
     }

@@ -119,6 +119,15 @@ pub fn read_head(bytes: &[u8], allowed_origins: &[String]) -> Head {
     {
         return Head::Refused(Refusal::Forbidden);
     }
+    let hosts = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("host")).count();
+    // What follows the head are frames: a body would be taken for them.
+    let has_body = request.headers.iter().any(|header| {
+        header.name.eq_ignore_ascii_case("transfer-encoding")
+            || header.name.eq_ignore_ascii_case("content-length") && header.value.trim_ascii() != b"0"
+    });
+    if hosts != 1 || has_body {
+        return Head::Refused(Refusal::BadRequest);
+    }
     let Some(key) = header("sec-websocket-key") else { return Head::Refused(Refusal::BadRequest) };
     if STANDARD.decode(key).map_or(0, |nonce| nonce.len()) != 16 {
         return Head::Refused(Refusal::BadRequest);
@@ -174,6 +183,11 @@ mod tests {
         assert_eq!(refused(&GOOD.replace("Version: 13", "Version: 8")), Refusal::UpgradeRequired);
         assert_eq!(refused(&GOOD.replace("GET", "POST")), Refusal::UpgradeRequired);
         assert_eq!(refused(&GOOD.replace("dGhlIHNhbXBsZSBub25jZQ==", "short")), Refusal::BadRequest);
+        assert_eq!(refused(&GOOD.replace("Host: x\r\n", "")), Refusal::BadRequest);
+        assert_eq!(refused(&GOOD.replace("Host: x", "Host: x\r\nHost: y")), Refusal::BadRequest);
+        assert_eq!(refused(&GOOD.replace("Host: x", "Host: x\r\nContent-Length: 3")), Refusal::BadRequest);
+        assert_eq!(refused(&GOOD.replace("Host: x", "Host: x\r\nTransfer-Encoding: chunked")), Refusal::BadRequest);
+        assert!(matches!(read(&GOOD.replace("Host: x", "Host: x\r\nContent-Length: 0")), Head::Upgrade { .. }));
         assert_eq!(refused("\u{1}\u{2}\r\n\r\n"), Refusal::BadRequest);
         assert_eq!(refused(&format!("GET /ws HTTP/1.1\r\nX: {}", "x".repeat(MAX_HEAD))), Refusal::TooLarge);
         assert_eq!(refused(&format!("GET /ws HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(65))), Refusal::TooLarge);

@@ -90,6 +90,7 @@ impl Apps {
                 validation.set_required_spec_claims(&["exp", "aud", "sub"]);
                 // Whoever makes the tokens chooses how long they hold; nothing is added here.
                 validation.leeway = 0;
+                validation.validate_nbf = true;
                 (app.clone(), DecodingKey::from_secret(app.secret.expose_secret().as_bytes()), validation)
             })
             .collect();
@@ -219,6 +220,19 @@ mod tests {
         let apps = Apps::new(&directory(), true);
         assert!(apps.check(&login(&[("token", ().into())])).is_ok());
         assert_eq!(apps.check(&login(&[("token", "wrong".into())])).unwrap_err().code, 403);
+    }
+
+    #[test]
+    fn a_token_that_does_not_hold_yet_is_refused() {
+        let apps = Apps::new(&directory(), false);
+        let now = jsonwebtoken::get_current_timestamp();
+        let token = |not_before: u64| {
+            let claims = serde_json::json!({ "aud": "demo", "sub": "ann", "exp": now + 120, "nbf": not_before });
+            let key = jsonwebtoken::EncodingKey::from_secret(b"demo-secret");
+            jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap()
+        };
+        assert!(apps.check(&login(&[("token", token(now - 1).into())])).is_ok());
+        assert_eq!(apps.check(&login(&[("token", token(now + 60).into())])).unwrap_err().code, 403);
     }
 
     #[test]

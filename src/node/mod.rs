@@ -10,12 +10,14 @@
 //! A broadcast is `{"type":"broadcast","id":…,"fromAccount":"…","time":…,"content":"…"}`, a deletion
 //! `{"type":"recall","id":…}`. The device's **cursor**, which it presents as `since` when it connects again, is the largest id
 //! that it has received in a broadcast, or `head` once the pending ones have arrived, whichever is larger. `since` 0 is a new
-//! device: it gets all that is retained. One that comes back within the resume window also gets the broadcasts for online
+//! device: it gets all that is retained. `head` is never 0: 1 says that there is no broadcast yet, and is the cursor of a
+//! device that has been here all the same. One that comes back within the resume window also gets the broadcasts for online
 //! devices, and the deletions, that came after its cursor.
 //!
 //! Errors are `{"type":"error","code":…,"desc":"…"}`, then a close with 1008: code 403 (app or token), 408 (no login in time),
-//! 414 (not a login). Other close codes: 1002, 1003, 1007, 1009 for frames that break the protocol, 1012 when the node goes
-//! away (its reason is `{"reconnectAfterMs":…}`), 1013 for a device too far behind; after both it connects with its cursor.
+//! 414 (not a login); or code 414 and a close with 1002, 1003, 1007 or 1009, for frames that break the protocol. Other close
+//! codes: 1012 when the node goes away, 1013 for a device too far behind; the reason of both is `{"reconnectAfterMs":…}`,
+//! after which it connects with its cursor.
 
 mod clock;
 pub mod codec;
@@ -80,6 +82,8 @@ pub struct Node {
     presence: tokio::task::JoinHandle<()>,
     /// Cancelled when the threads are to end.
     stop: CancellationToken,
+    /// Cancelled when a part has failed.
+    failed: CancellationToken,
     /// Cancelled when the presence task is to give its leases up and end.
     leave: CancellationToken,
 }
@@ -125,20 +129,28 @@ impl Node {
         let (door, door_handle) = Door::new(listener, senders.clone(), shared.clone())?;
 
         let stop = shutdown.child_token();
+        let failed = CancellationToken::new();
+        let end = || EndOnPanic { stop: stop.clone(), failed: failed.clone() };
         let leave = shutdown.child_token();
         stop_threads(stop.clone(), shared.clone(), door_handle.clone(), senders.iter().map(Sender::bell).collect());
         let mut threads = Vec::new();
         for (number, shard) in shards.into_iter().enumerate() {
-            threads.push(spawn(format!("shard-{number}"), &stop, move || shard.run())?);
+            threads.push(spawn(format!("shard-{number}"), end(), move || shard.run())?);
         }
-        threads.push(spawn("door".to_owned(), &stop, move || door.run())?);
+        threads.push(spawn("door".to_owned(), end(), move || door.run())?);
 
         let (ready_sender, ready) = watch::channel(Ok(()));
         let (draining, is_draining) = watch::channel(false);
         let presence = Presence::new(shared, ledger, name.clone(), senders.clone(), ready_sender, is_draining);
-        let presence = tokio::spawn(presence.run(leave.clone()));
+        let guard = end();
+        let until = leave.clone();
+        let presence = tokio::spawn(async move {
+            let _guard = guard;
+            presence.run(until).await;
+        });
         tracing::info!(node = %name, %address, shards = count, "node started");
-        Ok(Self { name, address, ready, draining, door: door_handle, shards: senders, threads, presence, stop, leave })
+        let (door, shards) = (door_handle, senders);
+        Ok(Self { name, address, ready, draining, door, shards, threads, presence, stop, failed, leave })
     }
 
     /// The node's name.
@@ -157,6 +169,12 @@ impl Node {
     #[must_use]
     pub fn ready(&self) -> watch::Receiver<Result<(), String>> {
         self.ready.clone()
+    }
+
+    /// Waits until a part of the node has failed (a thread or its task has panicked, which is logged). The node serves nobody
+    /// any more then, and the process should end. Never resolves otherwise: not when the node is drained or stopped.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.failed.clone().cancelled_owned()
     }
 
     /// Stops accepting and sends the devices away with 1012, spread over the time until `deadline`, when the last are cut off.
@@ -183,18 +201,24 @@ impl Node {
     }
 }
 
-/// Starts a thread of the node; should it panic, the whole node ends rather than serve some of its devices.
-fn spawn(name: String, stop: &CancellationToken, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    struct EndOnPanic(CancellationToken);
-    impl Drop for EndOnPanic {
-        fn drop(&mut self) {
-            if std::thread::panicking() {
-                tracing::error!("a thread of the node panicked: the node ends");
-                self.0.cancel();
-            }
+/// Should the part of the node that holds it panic, the whole node ends rather than serve some of its devices.
+struct EndOnPanic {
+    stop: CancellationToken,
+    failed: CancellationToken,
+}
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a part of the node panicked: the node ends");
+            self.stop.cancel();
+            self.failed.cancel();
         }
     }
-    let guard = EndOnPanic(stop.clone());
+}
+
+/// Starts a thread of the node.
+fn spawn(name: String, guard: EndOnPanic, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(name).spawn(move || {
         let _guard = guard;
         work();

@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+/// The longest time that can be set, in seconds: nothing added to an instant overflows.
+const DAY: u64 = 86_400;
+
 /// The node's settings. The defaults stand in the built-in settings file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,27 +49,32 @@ impl NodeSettings {
     /// # Errors
     /// A sentence that names the key.
     pub fn validate(&self) -> Result<(), String> {
-        for (key, value) in [
-            ("lease_seconds", self.lease_seconds),
-            ("renew_seconds", self.renew_seconds),
-            ("login_seconds", self.login_seconds),
-            ("ping_seconds", self.ping_seconds),
-            ("recent_frames", self.recent_frames as u64),
-            ("recent_bytes", self.recent_bytes as u64),
-            ("max_sessions", self.max_sessions as u64),
-            ("accept_per_second", u64::from(self.accept_per_second)),
+        for (key, value, least, most) in [
+            ("lease_seconds", self.lease_seconds, 1, DAY),
+            ("renew_seconds", self.renew_seconds, 1, DAY),
+            ("login_seconds", self.login_seconds, 1, DAY),
+            ("ping_seconds", self.ping_seconds, 1, DAY),
+            ("resume_seconds", self.resume_seconds, 0, DAY),
+            ("linger_seconds", self.linger_seconds, 0, DAY),
+            ("recent_frames", self.recent_frames as u64, 1, 1 << 20),
+            ("recent_bytes", self.recent_bytes as u64, 1, 1 << 30),
+            ("send_buffer_bytes", self.send_buffer_bytes as u64, 0, 1 << 30),
+            // A place in the slab and a count of sessions have 32 bits.
+            ("max_sessions", self.max_sessions as u64, 1, 1 << 30),
+            ("accept_per_second", u64::from(self.accept_per_second), 1, 1_000_000),
+            ("shards", self.shards as u64, 0, 1024),
         ] {
-            if value == 0 {
-                return Err(format!("node.{key} must be at least 1"));
+            if value < least {
+                return Err(format!("node.{key} must be at least {least}"));
+            }
+            if value > most {
+                return Err(format!("node.{key} must be at most {most}"));
             }
         }
         if self.renew_seconds * 2 >= self.lease_seconds {
             return Err(
                 "node.renew_seconds must be less than half of node.lease_seconds, so that one renewal may fail".into(),
             );
-        }
-        if self.shards > 1024 {
-            return Err("node.shards must be at most 1024".into());
         }
         if self.name.len() > 64
             || !self.name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
@@ -150,6 +158,8 @@ mod tests {
             settings.validate().unwrap_err()
         };
         assert!(broken(|s| s.renew_seconds = 8).contains("renew_seconds"));
+        assert!(broken(|s| s.login_seconds = u64::MAX).contains("login_seconds must be at most 86400"));
+        assert!(broken(|s| s.shards = 1025).contains("shards"));
         assert!(broken(|s| s.recent_frames = 0).contains("recent_frames"));
         assert!(broken(|s| s.name = "a}b".into()).contains("name"));
     }

@@ -33,6 +33,26 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Of a node that nobody is connected to.
+    #[cfg(test)]
+    pub(super) fn for_tests(
+        settings: NodeSettings,
+        directory: &crate::broadcast::app::Directory,
+        metrics: Metrics,
+    ) -> Self {
+        let apps = Apps::new(directory, true);
+        Self {
+            settings,
+            desk: Desk::new(apps.len()),
+            apps,
+            clock: LedgerClock::new(),
+            metrics,
+            http: None,
+            connections: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+        }
+    }
+
     /// Whether everything ends at once.
     #[must_use]
     pub fn stopping(&self) -> bool {

@@ -71,6 +71,7 @@ struct State {
     dead: HashSet<AppKey>,
     feed: Option<mpsc::Sender<Feed>>,
     is_down: bool,
+    is_broken: bool,
     joins: usize,
     left: Vec<AppKey>,
     restored: Vec<(BroadcastId, usize, Vec<BroadcastId>)>,
@@ -169,6 +170,11 @@ impl FakeLedger {
         self.with(|state| state.is_down = is_down);
     }
 
+    /// From now on every call panics.
+    pub fn break_down(&self) {
+        self.with(|state| state.is_broken = true);
+    }
+
     pub fn advance_clock(&self, ms: u64) {
         self.with(|state| state.now_ms += ms);
     }
@@ -228,6 +234,7 @@ impl State {
     }
 
     fn check(&self) -> Result<(), LedgerError> {
+        assert!(!self.is_broken, "broken for the test");
         if self.is_down { Err(LedgerError::Unavailable("down for the test".into())) } else { Ok(()) }
     }
 

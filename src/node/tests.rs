@@ -269,6 +269,31 @@ async fn draining_sends_everyone_away_with_1012_and_gives_the_lease_up_last() {
 }
 
 #[tokio::test]
+async fn a_part_that_fails_ends_the_node_and_is_said() {
+    let node = start(|settings| settings.renew_seconds = 1);
+    let (mut device, _) = Device::online(node.port, "web", 0).await;
+    node.ledger.break_down();
+    tokio::time::timeout(Duration::from_secs(10), node.node.ended()).await.unwrap();
+    assert!(device.message().await.is_none(), "its sockets are closed");
+    // A thread likewise.
+    let (stop, failed) = (CancellationToken::new(), CancellationToken::new());
+    let guard = EndOnPanic { stop: stop.clone(), failed: failed.clone() };
+    spawn("failing".into(), guard, || panic!("for the test")).unwrap().join().unwrap_err();
+    assert!(stop.is_cancelled() && failed.is_cancelled());
+}
+
+#[tokio::test]
+async fn one_that_was_there_before_the_first_broadcast_has_a_cursor() {
+    let node = start(|_| {});
+    let (device, welcome) = Device::online(node.port, "web", 0).await;
+    assert_eq!(welcome["head"], 1);
+    drop(device);
+    node.ledger.say("demo", online("missed"));
+    let (mut device, _) = Device::online(node.port, "web", 1).await;
+    assert_eq!(device.contents(1).await, ["missed"]);
+}
+
+#[tokio::test]
 async fn a_drain_ends_at_its_deadline_whatever_the_devices_do() {
     let node = start(|_| {});
     let (_deaf, _) = Device::online(node.port, "web", 0).await;

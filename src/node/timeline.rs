@@ -20,6 +20,24 @@ pub struct Bounds {
     pub bytes: usize,
 }
 
+impl Bounds {
+    /// Splits `entries` into portions within these bounds, of at least one entry each.
+    pub fn split<'a>(&self, mut entries: &'a [Arc<Entry>]) -> impl Iterator<Item = &'a [Arc<Entry>]> + use<'a> {
+        let Self { frames, bytes } = *self;
+        std::iter::from_fn(move || {
+            let mut size = 0;
+            let fits = |entry: &&Arc<Entry>| {
+                size += entry.frame.len();
+                size <= bytes
+            };
+            let count = entries.iter().take(frames).take_while(fits).count().max(1).min(entries.len());
+            let (portion, rest) = entries.split_at(count);
+            entries = rest;
+            (!portion.is_empty()).then_some(portion)
+        })
+    }
+}
+
 /// The timeline of one app.
 #[derive(Debug, Clone)]
 pub struct Timeline {
@@ -241,7 +259,9 @@ impl Timeline {
     /// Whether the device is further behind than what is kept.
     #[must_use]
     pub fn has_left_behind(&self, reader: Reader) -> bool {
-        reader.cursor.max(reader.login_head) < self.trimmed
+        // One that resumes is to get the latest from `resume_from` on; others only what came after their login.
+        let live_after = reader.login_head.min(reader.resume_from.saturating_sub(1));
+        reader.cursor.max(live_after) < self.trimmed
     }
 
     /// The valid retained entries, oldest first.

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::operations::Wanted;
+
 use crate::broadcast::BroadcastId;
 use crate::broadcast::app::AppKey;
 use crate::broadcast::envelope::Envelope;
 use crate::ledger::{Generation, Snapshot, Stored};
 use crate::node::entry::Entry;
+use crate::node::login::AppIndex;
 use crate::node::timeline::{Backfill, Bounds, Fit, Timeline};
 
 /// How many envelopes are held back while the ledger is read. When more arrive they are let go: the ledger is read once more.
@@ -16,6 +19,8 @@ const MAX_HELD: usize = 1024;
 /// An app that the node has a lease for, or is about to.
 pub struct App {
     pub key: AppKey,
+    /// Tells it from an earlier opening of the same app, whose calls may still be under way.
+    pub incarnation: u64,
     /// Known once it was read for the first time.
     pub timeline: Option<Timeline>,
     /// The life of the ledger that is known to have what the node has.
@@ -30,6 +35,8 @@ pub struct App {
     pub is_restoring: bool,
     /// Whether the lease is being given up; `Some(true)`: a device came meanwhile.
     pub closing: Option<bool>,
+    /// Whether it was said that the ledger holds something unreadable of it.
+    pub is_corrupt: bool,
     /// Failures in a row.
     pub failures: u32,
     /// Since when it has no sessions.
@@ -52,16 +59,19 @@ pub enum Change {
 
 /// What a snapshot changes.
 pub enum Update {
-    /// The app is open now, or its timeline must be replaced.
+    /// The app is open now.
     Open,
+    /// So many entries more, and the timeline must then be replaced.
+    Replace(Vec<Arc<Entry>>),
     /// So many entries more.
     Append(Vec<Arc<Entry>>),
 }
 
 impl App {
-    pub const fn new(key: AppKey) -> Self {
+    pub const fn new(key: AppKey, incarnation: u64) -> Self {
         Self {
             key,
+            incarnation,
             timeline: None,
             generation: None,
             is_reading: false,
@@ -69,11 +79,17 @@ impl App {
             subscribe_again: false,
             is_restoring: false,
             closing: None,
+            is_corrupt: false,
             failures: 0,
             idle_since: None,
             held: Vec::new(),
             held_before: 0,
         }
+    }
+
+    /// For the calls to the ledger.
+    pub fn wanted(&self, index: AppIndex) -> Wanted {
+        Wanted { index, incarnation: self.incarnation, key: self.key.clone() }
     }
 
     /// The newest id that is known, 0 before it was read.
@@ -118,13 +134,21 @@ impl App {
         let entries = |stored: Vec<Stored>| -> Vec<Arc<Entry>> {
             stored.into_iter().map(|stored| Arc::new(Entry::new(stored.envelope, &stored.raw, shards))).collect()
         };
-        let (log, retained) = (entries(snapshot.log), entries(snapshot.retained));
+        let (mut log, retained) = (entries(snapshot.log), entries(snapshot.retained));
+        if self.timeline.is_some() {
+            // What the log has let go is not lost if it was held back.
+            let is_missing = |(envelope, _): &&(Envelope, _)| {
+                envelope.id <= snapshot.head && log.binary_search_by_key(&envelope.id, |entry| entry.id).is_err()
+            };
+            let missing: Vec<_> = self.held.iter().filter(is_missing).collect();
+            log.extend(missing.into_iter().map(|(envelope, raw)| Arc::new(Entry::new(envelope.clone(), raw, shards))));
+        }
         let is_complete = self.generation.as_ref() == Some(&snapshot.generation);
         let (mut update, mut result) = match &mut self.timeline {
             Some(timeline) => {
                 let mut result = timeline.backfill(log, retained, snapshot.head, is_complete, now_ms);
                 let added = std::mem::take(&mut result.added);
-                (if result.replaced { Update::Open } else { Update::Append(added) }, result)
+                (if result.replaced { Update::Replace(added) } else { Update::Append(added) }, result)
             }
             none => {
                 *none = Some(Timeline::open(bounds, snapshot.head, log, retained, now_ms));
@@ -145,18 +169,17 @@ impl App {
                 if let Some(timeline) = &mut self.timeline {
                     timeline.append(entry.clone(), now_ms);
                 }
-                if let Update::Append(entries) = &mut update {
+                if let Update::Append(entries) | Update::Replace(entries) = &mut update {
                     entries.push(entry);
                 }
                 continue;
             }
             match (self.receive(envelope, raw, shards, now_ms), &mut update) {
-                (Change::Appended(entry), Update::Append(entries)) => entries.push(entry),
+                (Change::Appended(entry), Update::Append(entries) | Update::Replace(entries)) => entries.push(entry),
                 (Change::Gap, _) => self.read_again = true,
                 _ => {}
             }
         }
-        result.replaced = matches!(update, Update::Open);
         (update, result)
     }
 
@@ -196,7 +219,7 @@ mod tests {
     }
 
     fn open() -> App {
-        let mut app = App::new(AppKey::parse("demo").unwrap());
+        let mut app = App::new(AppKey::parse("demo").unwrap(), 0);
         app.start_reading();
         app.take(snapshot(10, &[]), BOUNDS, 1);
         app
@@ -204,7 +227,7 @@ mod tests {
 
     fn added(update: &Update) -> Vec<u64> {
         match update {
-            Update::Append(entries) => entries.iter().map(|entry| entry.id).collect(),
+            Update::Append(entries) | Update::Replace(entries) => entries.iter().map(|entry| entry.id).collect(),
             Update::Open => panic!("replaced"),
         }
     }
@@ -240,8 +263,17 @@ mod tests {
     }
 
     #[test]
+    fn what_was_held_back_is_not_lost_because_the_log_has_let_it_go() {
+        let mut app = open();
+        assert!(matches!(receive(&mut app, 13, 12), Change::Gap));
+        app.start_reading();
+        let (update, result) = app.take(snapshot(21, &[(20, 19), (21, 20)]), BOUNDS, 1);
+        assert_eq!((added(&update), result.lost), (vec![13, 20, 21], 2), "before 13, and before 20");
+    }
+
+    #[test]
     fn too_many_are_not_held_but_read_for() {
-        let mut app = App::new(AppKey::parse("demo").unwrap());
+        let mut app = App::new(AppKey::parse("demo").unwrap(), 0);
         app.start_reading();
         for id in 0..=MAX_HELD as u64 {
             receive(&mut app, id + 11, id + 10);

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use super::Presence;
-use super::operations::Caller;
+use super::operations::{Caller, Position};
 use crate::broadcast::BroadcastId;
-use crate::ledger::{Generation, LedgerError, Renewal};
+use crate::ledger::{FEED_CAPACITY, Generation, LedgerError, Renewal};
 use crate::node::login::AppIndex;
 use crate::node::shard::Message;
 
@@ -34,7 +34,6 @@ impl Presence {
 
     /// Compares an app's position with the ledger's. `last`: the node's when it asked.
     pub(super) fn take_renewal(&mut self, index: AppIndex, last: BroadcastId, renewal: &Renewal) {
-        self.shared.clock.set(renewal.now_ms);
         let Some(app) = self.apps.get(&index) else { return };
         let is_another = app.generation.as_ref() != Some(&renewal.generation);
         if is_another || renewal.head < last {
@@ -43,7 +42,8 @@ impl Presence {
             self.forget_generation(index);
             self.read(index);
         } else if renewal.head > app.last() {
-            self.operations.push(Caller::wait_for(index, renewal.head, UNDER_WAY));
+            let since = Position { last: app.last(), taken: self.taken };
+            self.operations.push(Caller::wait_for(index, renewal.head, since, UNDER_WAY));
         }
     }
 
@@ -53,17 +53,26 @@ impl Presence {
         }
     }
 
-    /// A renewal named `head`, and it has not arrived: the subscription may be dead, and is made anew.
-    pub(super) fn take_overdue(&mut self, index: AppIndex, head: BroadcastId) {
+    /// A renewal named `head`, and it has not arrived: the subscription may be dead, and is made anew. Not while it may still
+    /// be in the feed: where the log has let it go, reading on past what waits there would lose it. `waiting`: whether
+    /// anything does.
+    pub(super) fn take_overdue(&mut self, index: AppIndex, head: BroadcastId, since: Position, waiting: bool) {
         let Some(app) = self.apps.get_mut(&index) else { return };
         if app.last() >= head || app.is_reading || app.closing.is_some() {
+            return;
+        }
+        let has_moved = app.last() > since.last;
+        // What was in the feed at that time has been taken after so many, though others never let it become empty.
+        if has_moved || waiting && self.taken - since.taken < FEED_CAPACITY as u64 {
+            let since = if has_moved { Position { last: app.last(), taken: self.taken } } else { since };
+            self.operations.push(Caller::wait_for(index, head, since, UNDER_WAY));
             return;
         }
         tracing::warn!(app = %app.key, head, last = app.last(), "the last broadcasts did not arrive: reading the log");
         app.start_reading();
         app.subscribe_again = true;
         self.shared.metrics.backfills.inc();
-        self.operations.push(self.caller.open(index, app.key.clone(), app.last(), true, Duration::ZERO));
+        self.operations.push(self.caller.open(app.wanted(index), app.last(), true, Duration::ZERO));
     }
 
     /// Writes back what the ledger may have lost, if this is another life of it than the one that had everything.
@@ -89,7 +98,7 @@ impl Presence {
                 tracing::warn!(app = %app.key, missing, "retained broadcasts written back");
             }
             // The next renewal notices again.
-            Err(error) => self.note_trouble(&error),
+            Err(error) => self.note_trouble(index, &error),
         }
     }
 

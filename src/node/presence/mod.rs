@@ -33,6 +33,9 @@ use crate::ledger::{Feed, Ledger, LedgerError, NodeName, Snapshot};
 /// The first and the longest wait before a failed call is repeated; the waits double, with jitter.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
+/// The longest wait after something unreadable: asking again seldom helps.
+const CORRUPT_BACKOFF: Duration = Duration::from_secs(60);
+
 /// How long giving the leases up may take at the end; they run out by themselves.
 const LEAVING: Duration = Duration::from_secs(2);
 
@@ -42,6 +45,10 @@ pub struct Presence {
     caller: Caller,
     shards: Vec<Sender>,
     apps: BTreeMap<AppIndex, App>,
+    /// How many apps were opened.
+    opened: u64,
+    /// How many messages were taken from the feed.
+    taken: u64,
     /// At most a renewal, and a few calls an app.
     operations: FuturesUnordered<Operation>,
     is_renewing: bool,
@@ -68,6 +75,8 @@ impl Presence {
             caller,
             shards,
             apps: BTreeMap::new(),
+            opened: 0,
+            taken: 0,
             operations: FuturesUnordered::new(),
             is_renewing: false,
             renew_again: false,
@@ -95,7 +104,9 @@ impl Presence {
                     }
                 },
                 apps = shared.desk.wanted() => apps.into_iter().for_each(|app| self.want(app)),
-                Some(outcome) = self.operations.next(), if !self.operations.is_empty() => self.settle(outcome).await,
+                Some(outcome) = self.operations.next(), if !self.operations.is_empty() => {
+                    self.settle(outcome, !feed.is_empty()).await;
+                }
                 _ = renewals.tick() => {
                     self.close_idle().await;
                     self.renew();
@@ -107,6 +118,7 @@ impl Presence {
     }
 
     async fn take_feed(&mut self, message: Feed) {
+        self.taken += 1;
         match message {
             Feed::Published(key, raw) => self.receive(&key, raw).await,
             Feed::Interrupted => {
@@ -147,46 +159,61 @@ impl Presence {
                 }
             }
             Slot::Vacant(slot) => {
-                let app = slot.insert(App::new(key.clone()));
+                self.opened += 1;
+                let app = slot.insert(App::new(key, self.opened));
                 app.start_reading();
                 self.shared.metrics.apps.inc();
-                self.operations.push(self.caller.open(index, key, 0, false, Duration::ZERO));
+                self.operations.push(self.caller.open(app.wanted(index), 0, false, Duration::ZERO));
             }
         }
     }
 
-    /// Reads what is missing of an app.
+    /// Reads what is missing of an app; not of one that is being given up, which would take its lease again.
     fn read(&mut self, index: AppIndex) {
-        let Some(app) = self.apps.get_mut(&index) else { return };
+        let Some(app) = self.apps.get_mut(&index).filter(|app| app.closing.is_none()) else { return };
         if app.is_reading {
             app.read_again = true;
             return;
         }
         app.start_reading();
         self.shared.metrics.backfills.inc();
-        self.operations.push(self.caller.read(index, app.key.clone(), app.last(), Duration::ZERO));
+        self.operations.push(self.caller.read(app.wanted(index), app.last(), Duration::ZERO));
     }
 
-    async fn settle(&mut self, outcome: Outcome) {
+    /// `waiting`: whether anything is in the feed.
+    async fn settle(&mut self, outcome: Outcome, waiting: bool) {
         match outcome {
-            Outcome::Read { app, result: Ok(snapshot) } => self.take_snapshot(app, snapshot).await,
-            Outcome::Read { app, result: Err(error) } => self.retry(app, &error),
-            Outcome::Renewed { apps, results } => {
+            Outcome::Read { app, incarnation, asked, result } => {
+                if self.apps.get(&app).is_none_or(|app| app.incarnation != incarnation) {
+                    return;
+                }
+                match result {
+                    Ok(snapshot) => {
+                        self.shared.clock.set(snapshot.now_ms, asked.elapsed());
+                        self.take_snapshot(app, snapshot).await;
+                    }
+                    Err(error) => self.retry(app, &error),
+                }
+            }
+            Outcome::Renewed { apps, asked, results } => {
                 self.is_renewing = false;
-                match results.iter().find_map(|result| result.as_ref().err()) {
-                    Some(error) => self.note_trouble(error),
-                    None => self.trouble_over(),
+                if !results.iter().any(|result| matches!(result, Err(LedgerError::Unavailable(_)))) {
+                    self.trouble_over();
                 }
                 for ((app, last), result) in apps.into_iter().zip(results) {
-                    if let Ok(renewal) = result {
-                        self.take_renewal(app, last, &renewal);
+                    match result {
+                        Ok(renewal) => {
+                            self.shared.clock.set(renewal.now_ms, asked.elapsed());
+                            self.take_renewal(app, last, &renewal);
+                        }
+                        Err(error) => self.note_trouble(app, &error),
                     }
                 }
                 if std::mem::take(&mut self.renew_again) {
                     self.renew();
                 }
             }
-            Outcome::Overdue { app, head } => self.take_overdue(app, head),
+            Outcome::Overdue { app, head, since } => self.take_overdue(app, head, since, waiting),
             Outcome::Restored { app, generation, result } => self.take_restored(app, generation, result),
             Outcome::Left { app, result } => self.take_left(app, result),
         }
@@ -194,7 +221,6 @@ impl Presence {
 
     async fn take_snapshot(&mut self, index: AppIndex, snapshot: Snapshot) {
         self.trouble_over();
-        self.shared.clock.set(snapshot.now_ms);
         let settings = &self.shared.settings;
         let bounds = Bounds { frames: settings.recent_frames, bytes: settings.recent_bytes };
         let shards = self.shards.len() as u32;
@@ -204,6 +230,7 @@ impl Presence {
         }
         app.subscribe_again = false;
         app.failures = 0;
+        app.is_corrupt = false;
         let generation = snapshot.generation.clone();
         let (update, result) = app.take(snapshot, bounds, shards);
         if result.lost > 0 {
@@ -213,6 +240,11 @@ impl Presence {
         match update {
             Update::Open => self.open(index).await,
             Update::Append(entries) => self.append(index, entries).await,
+            Update::Replace(entries) => {
+                // First the entries, so that nobody who keeps up finds itself behind the new timeline.
+                self.append(index, entries).await;
+                self.open(index).await;
+            }
         }
         self.restore_if_lost(index, &generation);
         if self.apps.get(&index).is_some_and(|app| app.read_again) {
@@ -228,34 +260,44 @@ impl Presence {
         }
     }
 
-    /// Hands what is new to all shards.
+    /// Hands what is new to all shards, in portions that leave them room to keep up with.
     async fn append(&mut self, index: AppIndex, entries: Vec<Arc<Entry>>) {
-        if entries.is_empty() {
-            return;
-        }
-        let entries: Arc<[Arc<Entry>]> = entries.into();
-        for shard in &self.shards {
-            shard.send(Message::Append { app: index, entries: entries.clone() }).await;
+        let settings = &self.shared.settings;
+        let portion = Bounds { frames: settings.recent_frames / 4, bytes: settings.recent_bytes / 4 };
+        for entries in portion.split(&entries) {
+            let entries: Arc<[Arc<Entry>]> = entries.into();
+            for shard in &self.shards {
+                shard.send(Message::Append { app: index, entries: entries.clone() }).await;
+            }
         }
     }
 
     /// Reads again after a failure, later each time.
     fn retry(&mut self, index: AppIndex, error: &LedgerError) {
-        self.note_trouble(error);
+        self.note_trouble(index, error);
         let Some(app) = self.apps.get_mut(&index) else { return };
         app.failures = app.failures.saturating_add(1);
+        let longest = if error.is_retryable() { BACKOFF.1 } else { CORRUPT_BACKOFF };
         let wait =
-            BACKOFF.0.saturating_mul(1 << app.failures.min(10)).min(BACKOFF.1).mul_f64(0.5 + fastrand::f64() / 2.0);
-        let (key, last) = (app.key.clone(), app.last());
+            BACKOFF.0.saturating_mul(1 << app.failures.min(11)).min(longest).mul_f64(0.5 + fastrand::f64() / 2.0);
         let operation = if app.timeline.is_none() || app.subscribe_again {
-            self.caller.open(index, key, last, app.subscribe_again, wait)
+            self.caller.open(app.wanted(index), app.last(), app.subscribe_again, wait)
         } else {
-            self.caller.read(index, key, last, wait)
+            self.caller.read(app.wanted(index), app.last(), wait)
         };
         self.operations.push(operation);
     }
 
-    fn note_trouble(&mut self, error: &LedgerError) {
+    /// Notes why a call for an app failed. What is unreadable of one app is no reason to send everyone's devices away.
+    fn note_trouble(&mut self, index: AppIndex, error: &LedgerError) {
+        if !error.is_retryable() {
+            if let Some(app) = self.apps.get_mut(&index)
+                && !std::mem::replace(&mut app.is_corrupt, true)
+            {
+                tracing::error!(app = %app.key, %error, "this app is not served, or not kept up to date");
+            }
+            return;
+        }
         if self.trouble.is_none() {
             tracing::warn!(%error, "serving from memory until the ledger answers");
         }
@@ -298,3 +340,6 @@ impl Presence {
         self.shared.metrics.apps.set(0);
     }
 }
+
+#[cfg(test)]
+mod tests;

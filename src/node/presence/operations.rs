@@ -1,7 +1,7 @@
 //! The presence task's calls to the ledger, as futures that own what they need. Each is bounded in time, and tells its outcome.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 
@@ -16,6 +16,10 @@ pub enum Outcome {
     Read {
         /// The app.
         app: AppIndex,
+        /// Which opening of it: see [`App::incarnation`](super::app::App).
+        incarnation: u64,
+        /// When the ledger was asked.
+        asked: Instant,
         /// Its state.
         result: Result<Snapshot, LedgerError>,
     },
@@ -23,6 +27,8 @@ pub enum Outcome {
     Renewed {
         /// In the order of the results.
         apps: Vec<(AppIndex, BroadcastId)>,
+        /// When the ledger was asked.
+        asked: Instant,
         /// The ledger's answers.
         results: Vec<Result<Renewal, LedgerError>>,
     },
@@ -32,6 +38,8 @@ pub enum Outcome {
         app: AppIndex,
         /// The id.
         head: BroadcastId,
+        /// Where the node was when the waiting began.
+        since: Position,
     },
     /// What the ledger lost was written back.
     Restored {
@@ -51,8 +59,24 @@ pub enum Outcome {
     },
 }
 
+/// How far the node had come.
+#[derive(Debug, Clone, Copy)]
+pub struct Position {
+    /// The newest id of the app that it knew.
+    pub last: BroadcastId,
+    /// How many messages it had taken from the feed.
+    pub taken: u64,
+}
+
 /// A call under way.
 pub type Operation = BoxFuture<'static, Outcome>;
+
+/// The app that a call is for.
+pub struct Wanted {
+    pub index: AppIndex,
+    pub incarnation: u64,
+    pub key: AppKey,
+}
 
 /// Makes the calls.
 #[derive(Clone)]
@@ -70,28 +94,34 @@ impl Caller {
 
     /// Subscribes and then takes the lease and reads the state after `after`, once `delay` has passed. `again`: the present
     /// subscription seems to be dead, and is ended first.
-    pub fn open(&self, app: AppIndex, key: AppKey, after: BroadcastId, again: bool, delay: Duration) -> Operation {
+    pub fn open(&self, app: Wanted, after: BroadcastId, again: bool, delay: Duration) -> Operation {
         let caller = self.clone();
         Box::pin(async move {
+            let Wanted { index, incarnation, key } = app;
             tokio::time::sleep(delay).await;
+            let mut asked = Instant::now();
             let result = caller.bounded(async {
                 if again {
                     caller.ledger.unsubscribe(&key).await?;
                 }
                 caller.ledger.subscribe(&key).await?;
+                asked = Instant::now();
                 caller.ledger.join(&key, &caller.node, caller.lease, after).await
             });
-            Outcome::Read { app, result: result.await }
+            let result = result.await;
+            Outcome::Read { app: index, incarnation, asked, result }
         })
     }
 
     /// Reads the state after `after`.
-    pub fn read(&self, app: AppIndex, key: AppKey, after: BroadcastId, delay: Duration) -> Operation {
+    pub fn read(&self, app: Wanted, after: BroadcastId, delay: Duration) -> Operation {
         let caller = self.clone();
         Box::pin(async move {
+            let Wanted { index, incarnation, key } = app;
             tokio::time::sleep(delay).await;
+            let asked = Instant::now();
             let result = caller.bounded(caller.ledger.join(&key, &caller.node, caller.lease, after)).await;
-            Outcome::Read { app, result }
+            Outcome::Read { app: index, incarnation, asked, result }
         })
     }
 
@@ -99,20 +129,21 @@ impl Caller {
     pub fn renew(&self, apps: Vec<(AppIndex, BroadcastId)>, keys: Vec<AppKey>) -> Operation {
         let caller = self.clone();
         Box::pin(async move {
+            let asked = Instant::now();
             let call = async { Ok(caller.ledger.renew(&keys, &caller.node, caller.lease).await) };
             let results = match caller.bounded(call).await {
                 Ok(results) => results,
                 Err(error) => keys.iter().map(|_| Err(error.clone())).collect(),
             };
-            Outcome::Renewed { apps, results }
+            Outcome::Renewed { apps, asked, results }
         })
     }
 
     /// Waits a moment.
-    pub fn wait_for(app: AppIndex, head: BroadcastId, moment: Duration) -> Operation {
+    pub fn wait_for(app: AppIndex, head: BroadcastId, since: Position, moment: Duration) -> Operation {
         Box::pin(async move {
             tokio::time::sleep(moment).await;
-            Outcome::Overdue { app, head }
+            Outcome::Overdue { app, head, since }
         })
     }
 

@@ -94,7 +94,9 @@ impl Shard {
     fn receive_frames(&mut self, token: Token, mut decoder: Decoder, bytes: &mut [u8]) {
         let result = decoder.feed(bytes, |event| self.receive_event(token, event));
         match (result, self.session(token)) {
-            (Err(violation), _) => self.finish(token, &codec::close(violation.0, ""), "violation"),
+            (Err(violation), _) => {
+                self.close_with(token, violation.0, code::BAD_PARAMETER, violation.desc(), "violation")
+            }
             (Ok(()), Some(session)) if session.state != State::Closing && !decoder.is_idle() => {
                 session.incoming = Some(Box::new(Incoming::Frames(decoder)));
             }
@@ -165,7 +167,8 @@ impl Shard {
         session.login_head = reader.login_head;
         session.resume_from = reader.resume_from;
         session.state = State::Open;
-        let head = reader.login_head;
+        // Never 0, which would make it a new device again when it comes back.
+        let head = reader.login_head.max(1);
         // The name says where the session is: shard, generation and place.
         let name = format!("{number:x}-{:x}", token.0);
         tracing::debug!(session = %name, since = reader.cursor, head, pending, "logged in");
@@ -197,8 +200,13 @@ impl Shard {
 
     /// Tells the device what is wrong, and closes with 1008.
     pub(super) fn fail(&mut self, token: Token, code: u16, desc: &str, reason: super::Reason) {
+        self.close_with(token, close::POLICY, code, desc, reason);
+    }
+
+    /// The same with another close code.
+    fn close_with(&mut self, token: Token, close: u16, code: u16, desc: &str, reason: super::Reason) {
         let error = serde_json::json!({ "type": "error", "code": code, "desc": desc });
-        let bytes = [codec::text(&error.to_string()), codec::close(close::POLICY, "")].concat();
+        let bytes = [codec::text(&error.to_string()), codec::close(close, "")].concat();
         self.finish(token, &bytes, reason);
     }
 }

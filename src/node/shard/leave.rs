@@ -13,6 +13,15 @@ use crate::node::codec::{self, close};
 /// How long the other side may take to close after our last bytes. Closing at once could destroy these on their way.
 const CLOSING: Duration = Duration::from_secs(2);
 
+/// The longest wait that a device too far behind is asked for, in milliseconds.
+const MOST_AFTER_EVICTION: u64 = 2000;
+
+/// The reason of a close after which the device connects again, at most `most` milliseconds later. Devices that come back at
+/// one moment would be a storm; each is given its own.
+fn reconnect_hint(most: u64) -> String {
+    format!(r#"{{"reconnectAfterMs":{}}}"#, fastrand::u64(100..=most))
+}
+
 impl Shard {
     /// Sends the last bytes, then closes; the connection counts as ended from here on.
     pub(super) fn finish(&mut self, token: Token, last: &[u8], reason: Reason) {
@@ -78,7 +87,7 @@ impl Shard {
     /// A device further behind than what is kept: it comes back with its cursor and gets what there still is.
     pub(super) fn evict(&mut self, token: Token) {
         self.shared.metrics.evicted.inc();
-        self.finish(token, &codec::close(close::TRY_AGAIN, "too far behind"), "too_far_behind");
+        self.finish(token, &codec::close(close::TRY_AGAIN, &reconnect_hint(MOST_AFTER_EVICTION)), "too_far_behind");
     }
 
     /// Tells a device to connect again, to another node.
@@ -87,10 +96,8 @@ impl Shard {
         if session.state == State::Head {
             return self.remove(token, "drained");
         }
-        // Devices that come back at one moment would be a storm; each is given its own.
         let most = u64::try_from(window.as_millis()).unwrap_or(u64::MAX).clamp(1000, 60_000);
-        let reason = format!(r#"{{"reconnectAfterMs":{}}}"#, fastrand::u64(100..=most));
-        self.finish(token, &codec::close(close::RESTART, &reason), "drained");
+        self.finish(token, &codec::close(close::RESTART, &reconnect_hint(most)), "drained");
     }
 
     /// The end of the shard.

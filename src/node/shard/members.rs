@@ -13,7 +13,13 @@ pub struct Members {
     left: usize,
     /// Sessions that were moved to a place that may have been visited already.
     moved: Vec<Token>,
+    /// Visits, less those that joins have added to the rounds under way: what a [`Lap`] is measured by.
+    progress: i64,
 }
+
+/// A round, of which several may be under way: each begins when something new is to be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lap(i64);
 
 impl Members {
     /// Adds a session; returns its place.
@@ -22,6 +28,7 @@ impl Members {
         if self.left > 0 {
             // The round may come by its place before it is over; it must not be visited in place of another.
             self.left += 1;
+            self.progress -= 1;
         }
         u32::try_from(self.list.len() - 1).unwrap_or(u32::MAX)
     }
@@ -46,8 +53,14 @@ impl Members {
     }
 
     /// Begins a round: all who are here will be visited from now on, those who were visited before as well.
-    pub const fn begin(&mut self) {
+    pub const fn begin(&mut self) -> Lap {
         self.left = self.list.len();
+        Lap(self.progress + self.left as i64)
+    }
+
+    /// Whether all who were here when it began have been visited since, though a later round may be under way.
+    pub const fn is_over(&self, lap: Lap) -> bool {
+        !self.is_under_way() || (self.moved.is_empty() && self.progress >= lap.0)
     }
 
     /// The next to visit, `None` when the round is over.
@@ -65,6 +78,7 @@ impl Members {
         let token = self.list[self.at];
         self.at += 1;
         self.left -= 1;
+        self.progress += 1;
         Some(token)
     }
 
@@ -111,6 +125,8 @@ mod tests {
             }
             // Those who were here when the latest round began, and have not been visited since.
             let mut due: HashSet<Token> = HashSet::new();
+            // The same of every round that is not over.
+            let mut laps: Vec<(Lap, HashSet<Token>)> = Vec::new();
             let mut visits_left = 0usize;
             for step in steps {
                 match step {
@@ -126,29 +142,36 @@ mod tests {
                         let (token, place) = here[index.index(here.len())];
                         places.remove(&token);
                         due.remove(&token);
+                        laps.iter_mut().for_each(|(_, due)| due.retain(|due| *due != token));
                         if let Some(moved) = members.part(place) {
                             places.insert(moved, place);
                             visits_left += 1;
                         }
                     }
                     Step::Begin => {
-                        members.begin();
+                        let lap = members.begin();
                         due = places.keys().copied().collect();
+                        laps.push((lap, due.clone()));
                         visits_left = due.len() + members.moved.len();
                     }
                     Step::Visit(count) => for _ in 0..count {
                         if let Some(token) = members.visit() {
                             due.remove(&token);
+                            laps.iter_mut().for_each(|(_, due)| due.retain(|due| *due != token));
                         }
                     }
                 }
+                for (lap, due) in &laps {
+                    prop_assert!(!members.is_over(*lap) || due.is_empty(), "{due:?} not visited in {lap:?}");
+                }
+                laps.retain(|(lap, _)| !members.is_over(*lap));
             }
             while let Some(token) = members.visit() {
                 due.remove(&token);
                 visits_left = visits_left.checked_sub(1).expect("a round ends");
             }
             prop_assert!(due.is_empty(), "{due:?} not visited");
-            prop_assert!(!members.is_under_way());
+            prop_assert!(!members.is_under_way() && laps.iter().all(|(lap, _)| members.is_over(*lap)));
         }
     }
 }

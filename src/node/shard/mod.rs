@@ -1,7 +1,7 @@
 //! A shard: one thread that owns its sockets, so that nothing on the way to a device takes a lock.
 //!
-//! Each turn: what the sockets say, what the inbox brings (all of it, so that broadcasts that arrived during a sweep go out
-//! together), a slice of each sweep that is under way, the timers.
+//! Each turn: what the sockets say, what the inbox brings (as much as the timelines' windows hold, so that broadcasts that
+//! arrived during a sweep go out together), a slice of each sweep that is under way, the timers.
 
 mod inbox;
 mod input;
@@ -54,6 +54,8 @@ pub struct Shard {
     views: Vec<View>,
     /// The apps whose sessions are being swept.
     sweeping: VecDeque<AppIndex>,
+    /// A message that has to wait until a sweep is further: see [`Shard::take_messages`].
+    put_off: Option<Message>,
     /// Sessions that were not read to the end.
     unread: Vec<Token>,
     timers: Timers,
@@ -87,6 +89,7 @@ impl Shard {
             generation: 0,
             views: (0..shared.apps.len()).map(|_| View::default()).collect(),
             sweeping: VecDeque::new(),
+            put_off: None,
             unread: Vec::new(),
             timers: Timers::new(shared.settings.ping(), Instant::now()),
             buffer: vec![0; READ_BUFFER].into_boxed_slice(),
@@ -100,7 +103,7 @@ impl Shard {
     pub fn run(mut self) {
         let mut events = Events::with_capacity(1024);
         loop {
-            let timeout = if self.sweeping.is_empty() && self.unread.is_empty() {
+            let timeout = if self.sweeping.is_empty() && self.unread.is_empty() && self.put_off.is_none() {
                 self.timers.wait(Instant::now())
             } else {
                 Duration::ZERO
@@ -123,9 +126,7 @@ impl Shard {
             if self.shared.stopping() {
                 break;
             }
-            while let Some(message) = self.inbox.next() {
-                self.obey(message);
-            }
+            self.take_messages();
             self.sweep();
             self.run_timers(Instant::now());
             if self.delivered > 0 {
@@ -149,11 +150,28 @@ impl Shard {
         }
     }
 
+    /// Takes what the inbox brings, up to a message that would push entries out of a window before those who keep up have
+    /// had them. That waits for a sweep, and all behind it with it.
+    fn take_messages(&mut self) {
+        while let Some(message) = self.put_off.take().or_else(|| self.inbox.next()) {
+            let has_room = match &message {
+                Message::Append { app, .. } => self.has_room(*app),
+                Message::Open { app, .. } => self.is_swept(*app),
+                _ => true,
+            };
+            if !has_room {
+                self.put_off = Some(message);
+                return;
+            }
+            self.obey(message);
+        }
+    }
+
     fn obey(&mut self, message: Message) {
         match message {
             Message::Connection(socket) => self.connect(socket),
             Message::Open { app, timeline } => self.open(app, *timeline),
-            Message::Append { app, entries } => self.append(app, &entries),
+            Message::Append { app, entries } => self.append(app, entries),
             Message::Close { app } => self.close_app(app),
             Message::Drain { until } => self.timers.drain(Instant::now(), until),
         }

@@ -187,6 +187,9 @@ impl Session {
             left -= part;
             *done += part;
             if *done == entry.frame.len() {
+                if entry.id > self.login_head {
+                    entry.count(1);
+                }
                 outgoing.begun = None;
                 *delivered += 1;
             }
@@ -208,6 +211,10 @@ impl Session {
         self.cursor = entry.id;
         if part == entry.frame.len() {
             *delivered += 1;
+            // What came before the login is not a part of the broadcast's own sweep.
+            if entry.id > self.login_head {
+                entry.count(1);
+            }
         } else {
             self.outgoing.get_or_insert_default().begun = Some((entry.clone(), part));
         }

@@ -1,12 +1,13 @@
 //! Delivery: a live broadcast is one sweep over the sessions of its app.
 
+use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Instant;
 
 use mio::Token;
 
-use super::members::Members;
+use super::members::{Lap, Members};
 use super::session::State;
 use super::{Shard, key};
 use crate::broadcast::BroadcastId;
@@ -30,10 +31,18 @@ pub struct View {
     pub is_wanted: bool,
     /// Its sessions on this shard.
     pub members: Members,
-    /// When the sweep that is under way began.
-    started: Option<Instant>,
-    /// What it delivers.
-    entries: Vec<Arc<Entry>>,
+    /// Whether a sweep is under way.
+    is_sweeping: bool,
+    /// What it delivers, by when it came. At most half of the window, and one portion.
+    told: VecDeque<Told>,
+}
+
+/// Entries that not everyone has been visited for.
+struct Told {
+    entries: Arc<[Arc<Entry>]>,
+    bytes: usize,
+    lap: Lap,
+    began: Instant,
 }
 
 /// What all sessions of one platform that are at one cursor are to be sent.
@@ -71,25 +80,54 @@ impl Batch {
     }
 }
 
+#[cfg(test)]
+impl View {
+    pub(super) fn told_len(&self) -> usize {
+        self.told.len()
+    }
+}
+
 impl Shard {
     /// Takes a timeline, in place of an older copy if there is one, and sweeps: those who wait are welcomed.
     pub(super) fn open(&mut self, app: AppIndex, timeline: Timeline) {
         if let Some(view) = self.views.get_mut(app as usize) {
             view.timeline = Some(timeline);
             view.is_wanted = false;
-            self.start_sweep(app, &[]);
+            self.start_sweep(app);
         }
     }
 
     /// Appends what is new, and sweeps.
-    pub(super) fn append(&mut self, app: AppIndex, entries: &[Arc<Entry>]) {
+    pub(super) fn append(&mut self, app: AppIndex, entries: Arc<[Arc<Entry>]>) {
         let now_ms = self.shared.clock.now_ms();
-        if let Some(timeline) = self.views.get_mut(app as usize).and_then(|view| view.timeline.as_mut()) {
-            for entry in entries {
-                timeline.append(entry.clone(), now_ms);
-            }
-            self.start_sweep(app, entries);
+        let Some(timeline) = self.views.get_mut(app as usize).and_then(|view| view.timeline.as_mut()) else {
+            // Nobody is here, but other shards may be waited for.
+            return self.report(app, &entries);
+        };
+        for entry in entries.iter() {
+            timeline.append(entry.clone(), now_ms);
         }
+        let Some(lap) = self.start_sweep(app) else { return };
+        let bytes = entries.iter().map(|entry| entry.frame.len()).sum();
+        if let Some(view) = self.views.get_mut(app as usize) {
+            view.told.push_back(Told { entries, bytes, lap, began: Instant::now() });
+        }
+    }
+
+    /// Whether less than half of the window is still to be swept: then whoever keeps up is not left behind by a portion more.
+    pub(super) fn has_room(&self, app: AppIndex) -> bool {
+        let settings = &self.shared.settings;
+        self.views.get(app as usize).is_none_or(|view| {
+            let (frames, bytes) =
+                view.told.iter().fold((0, 0), |sum, told| (sum.0 + told.entries.len(), sum.1 + told.bytes));
+            // All of it at once, be it ever so large, if there is nothing else.
+            view.told.is_empty() || (frames * 2 < settings.recent_frames && bytes * 2 < settings.recent_bytes)
+        })
+    }
+
+    /// Whether everyone has been visited for what came.
+    pub(super) fn is_swept(&self, app: AppIndex) -> bool {
+        self.views.get(app as usize).is_none_or(|view| view.told.is_empty())
     }
 
     /// Lets the timeline go; if somebody has logged in meanwhile it is asked for again, and the old copy serves until then.
@@ -102,26 +140,25 @@ impl Shard {
         }
     }
 
-    fn start_sweep(&mut self, app: AppIndex, entries: &[Arc<Entry>]) {
-        let Some(view) = self.views.get_mut(app as usize) else { return };
-        if view.started.is_none() {
-            view.started = Some(Instant::now());
+    fn start_sweep(&mut self, app: AppIndex) -> Option<Lap> {
+        let view = self.views.get_mut(app as usize)?;
+        if !std::mem::replace(&mut view.is_sweeping, true) {
             self.sweeping.push_back(app);
         }
         // Those who were visited before this came are visited again.
-        view.members.begin();
-        view.entries.extend_from_slice(entries);
+        Some(view.members.begin())
     }
 
     /// One slice of each sweep that is under way.
     pub(super) fn sweep(&mut self) {
         for _ in 0..self.sweeping.len() {
             let Some(app) = self.sweeping.pop_front() else { break };
-            if self.sweep_slice(app) {
-                self.end_sweep(app);
-            } else {
+            if !self.sweep_slice(app) {
                 self.sweeping.push_back(app);
+            } else if let Some(view) = self.views.get_mut(app as usize) {
+                view.is_sweeping = false;
             }
+            self.end_laps(app);
         }
     }
 
@@ -199,21 +236,25 @@ impl Shard {
         }
     }
 
-    fn end_sweep(&mut self, app: AppIndex) {
-        let Some(view) = self.views.get_mut(app as usize) else { return };
-        let entries = std::mem::take(&mut view.entries);
-        let Some(started) = view.started.take() else { return };
-        if entries.is_empty() {
-            return;
+    /// Lets go what everyone has been visited for.
+    fn end_laps(&mut self, app: AppIndex) {
+        while let Some(view) = self.views.get_mut(app as usize)
+            && view.told.front().is_some_and(|told| view.members.is_over(told.lap))
+            && let Some(told) = view.told.pop_front()
+        {
+            self.shared.metrics.sweep_seconds.observe(told.began.elapsed().as_secs_f64());
+            self.report(app, &told.entries);
         }
-        let metrics = &self.shared.metrics;
-        metrics.sweep_seconds.observe(started.elapsed().as_secs_f64());
+    }
+
+    /// This shard has done with `entries`; the last one to do so says how it went.
+    fn report(&self, app: AppIndex, entries: &[Arc<Entry>]) {
         let now_ms = self.shared.clock.now_ms();
         for entry in entries {
+            let Some(sessions) = entry.finish() else { continue };
             let after_ms = now_ms.saturating_sub(entry.time_ms);
             #[allow(clippy::cast_precision_loss)] // milliseconds
-            metrics.delivery_seconds.observe(after_ms as f64 / 1000.0);
-            let Some(sessions) = entry.finish() else { continue };
+            self.shared.metrics.delivery_seconds.observe(after_ms as f64 / 1000.0);
             let app = self.shared.apps.key(app).map(tracing::field::display);
             match entry.recalls {
                 None => tracing::info!(

@@ -1,29 +1,19 @@
 //! What a whole node does too rarely to be tested there.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize};
-
 use super::*;
 use crate::metrics::Metrics;
-use crate::node::clock::LedgerClock;
-use crate::node::login::Apps;
+use crate::node::entry::tests::broadcast;
 use crate::node::settings::NodeSettings;
-use crate::node::shared::Desk;
 use crate::node::testing::directory;
 use crate::node::timeline::{Bounds, Timeline};
 
 fn shard() -> Shard {
-    let apps = Apps::new(&directory(), true);
-    let shared = Shared {
-        settings: NodeSettings::for_tests(),
-        desk: Desk::new(apps.len()),
-        apps,
-        clock: LedgerClock::new(),
-        metrics: Metrics::new().unwrap(),
-        http: None,
-        connections: AtomicUsize::new(0),
-        stop: AtomicBool::new(false),
-    };
-    Shard::new(0, Arc::new(shared)).unwrap().0
+    shard_with(NodeSettings::for_tests()).0
+}
+
+fn shard_with(settings: NodeSettings) -> (Shard, Sender) {
+    let shared = Shared::for_tests(settings, &directory(), Metrics::new().unwrap());
+    Shard::new(0, Arc::new(shared)).unwrap()
 }
 
 /// Lets a device in; returns its side of the connection, and its token.
@@ -68,6 +58,42 @@ fn an_event_for_an_earlier_connection_in_the_same_place_does_nothing() {
     shard.read(old, true);
     shard.flush(old);
     assert!(shard.session(new).is_some() && shard.session(old).is_none());
+}
+
+#[test]
+fn nobody_who_keeps_up_is_left_behind_however_much_comes_at_once() {
+    let settings = NodeSettings { recent_frames: 16, ..NodeSettings::for_tests() };
+    let (mut shard, sender) = shard_with(settings);
+    let app = shard.shared.apps.find("demo").unwrap();
+    let timeline = Box::new(Timeline::new(Bounds { frames: 16, bytes: 1 << 20 }, 5));
+    shard.obey(Message::Open { app, timeline });
+    let devices: Vec<_> = (0..10)
+        .map(|_| {
+            let (socket, token) = device(&mut shard);
+            shard.session(token).unwrap().state = State::Login;
+            shard.log_in(token, LOGIN);
+            (socket, token)
+        })
+        .collect();
+    let ids = 6..206;
+    let entries: Vec<_> = ids.clone().map(|id| broadcast(id, id - 1, 1, 0)).collect();
+    for entry in &entries {
+        sender.send_blocking(Message::Append { app, entries: vec![entry.clone()].into() });
+    }
+    let mut turns = 0;
+    while shard.put_off.is_some() || !shard.sweeping.is_empty() || turns == 0 {
+        shard.take_messages();
+        assert!(shard.views[app as usize].told_len() <= 8, "what is remembered is bounded");
+        shard.sweep();
+        turns += 1;
+    }
+    assert_eq!(shard.shared.metrics.evicted.get(), 0);
+    for (_, token) in &devices {
+        assert_eq!(shard.session(*token).unwrap().cursor, 205);
+    }
+    assert_eq!(shard.delivered, 10 * 200);
+    let delivered = &shard.shared.metrics.delivery_seconds;
+    assert_eq!(delivered.get_sample_count(), 200, "once a broadcast");
 }
 
 #[test]

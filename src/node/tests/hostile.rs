@@ -39,6 +39,7 @@ async fn bad_frames_are_closed_with_their_code_and_nobody_else_notices() {
                 device.next().await;
             }
             device.socket.get_mut().write_all(bytes).await.unwrap();
+            assert_eq!(device.next().await["code"], 414);
             assert_eq!(device.closed().await.0, code);
         }
     }
@@ -120,7 +121,7 @@ async fn who_does_not_log_in_is_closed_in_time() {
 #[tokio::test]
 async fn who_sends_and_leaves_at_once_is_gone_at_once() {
     let node = start(|_| {});
-    let request = "GET /ws HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
+    let request = "GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
     for _ in 0..20 {
         let mut socket = TcpStream::connect(("127.0.0.1", node.port)).await.unwrap();

@@ -43,7 +43,11 @@ async fn one_further_behind_than_the_window_is_closed_and_comes_back_with_its_cu
     // It reads what had been sent, each once, in order; then the connection ends, by a close frame if that had room.
     let mut cursor = 0;
     let mut received = 0u64;
+    let mut closed = None;
     while let Some(message) = slow.message().await {
+        if let tokio_tungstenite::tungstenite::Message::Close(Some(frame)) = &message {
+            closed = Some(frame.reason.to_string());
+        }
         if let tokio_tungstenite::tungstenite::Message::Text(text) = message {
             let told: serde_json::Value = serde_json::from_str(&text).unwrap();
             assert!(told["id"].as_u64().unwrap() > cursor);
@@ -52,6 +56,9 @@ async fn one_further_behind_than_the_window_is_closed_and_comes_back_with_its_cu
         }
     }
     assert!(received > 0);
+    if let Some(reason) = closed {
+        assert!(reason.starts_with(r#"{"reconnectAfterMs":"#), "{reason}");
+    }
     let (mut back, welcome) = Device::online(node.port, "web", cursor).await;
     let pending = welcome["pending"].as_u64().unwrap();
     assert!(pending > 0);

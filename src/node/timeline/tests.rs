@@ -108,6 +108,31 @@ fn who_is_behind_the_window_is_noticed() {
 }
 
 #[test]
+fn one_that_resumes_is_behind_when_what_it_resumes_with_is_gone() {
+    let bounds = Bounds { frames: 2, bytes: 1 << 20 };
+    let log = vec![broadcast(1, 0, NOW, 0), broadcast(2, 1, NOW, 0)];
+    let mut timeline = Timeline::open(bounds, 2, log, vec![], NOW);
+    let (resuming, _) = timeline.admit(1, Platform::Web, NOW, 60_000);
+    timeline.append(broadcast(3, 2, NOW, 0), NOW);
+    assert!(!timeline.has_left_behind(resuming));
+    timeline.append(broadcast(4, 3, NOW, 0), NOW);
+    assert!(timeline.has_left_behind(resuming), "2 is gone");
+    assert!(!timeline.has_left_behind(Reader { cursor: 2, ..resuming }));
+    assert!(!timeline.has_left_behind(Reader { resume_from: u64::MAX, ..resuming }), "2 was not for it");
+}
+
+#[test]
+fn portions_keep_to_their_bounds() {
+    let entries: Vec<_> = (1..=7).map(|id| broadcast(id, id - 1, NOW, 0)).collect();
+    let size = entries[0].frame.len();
+    let sizes = |frames, bytes| -> Vec<usize> { Bounds { frames, bytes }.split(&entries).map(<[_]>::len).collect() };
+    assert_eq!(sizes(3, 1 << 20), [3, 3, 1]);
+    assert_eq!(sizes(100, size * 2), [2, 2, 2, 1]);
+    assert_eq!(sizes(0, 0), [1; 7]);
+    assert_eq!(Bounds { frames: 3, bytes: 0 }.split(&[]).count(), 0);
+}
+
+#[test]
 fn a_trimmed_log_gives_what_is_retained_and_counts_the_rest() {
     let mut timeline = Timeline::new(BOUNDS, 10);
     timeline.append(broadcast(11, 10, NOW, LATER), NOW);
