@@ -209,7 +209,7 @@ fn start_node(
     let node = Node::start(bound_sessions(settings.node), directory, ledger, metrics.clone(), listener, None, &abort)?;
     let dependencies = vec![("redis", redis), ("node", node.ready())];
     let public = Some(node.local_addr());
-    let end = drain_node(node, metrics.clone(), settings.drain, stop.clone()).map(Ok).boxed();
+    let end = drain_node(node, metrics.clone(), settings.drain, stop.clone()).boxed();
     Ok(Running { dependencies, public, end })
 }
 
@@ -240,20 +240,25 @@ fn start_standalone(
     let http = tokio::spawn(serve::serve_handed_over(handed_over, api::router(Arc::new(api)), stop.clone()));
     let drained = drain_node(node, metrics.clone(), settings.drain, stop.clone());
     let end = async move {
-        drained.await;
+        drained.await?;
         http.await.context("the HTTP server failed")
     };
     Ok(Running { dependencies, public, end: end.boxed() })
 }
 
 /// Waits for the token, then sends the devices away: as slowly as the deadline allows, but no slower than needed.
-async fn drain_node(node: Node, metrics: Metrics, drain: DrainSettings, stop: CancellationToken) {
-    stop.cancelled().await;
+/// A node of which a part has failed serves nobody: the process ends, and its supervisor starts another.
+async fn drain_node(node: Node, metrics: Metrics, drain: DrainSettings, stop: CancellationToken) -> anyhow::Result<()> {
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = node.ended() => return Err(anyhow!("a part of the node failed; see the log")),
+    }
     let sessions = u64::try_from(metrics.sessions.get()).unwrap_or(0);
     // A second is kept back for giving the leases up.
     let longest = drain.deadline_seconds.saturating_sub(1).max(1);
     let window = (sessions / LEAVES_A_SECOND).clamp(1, longest);
     node.drain(Instant::now() + Duration::from_secs(window)).await;
+    Ok(())
 }
 
 /// Descriptors that are not for devices: listeners, Redis, files, HTTP.
