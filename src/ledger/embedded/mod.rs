@@ -1,8 +1,8 @@
 //! The embedded ledger: one file, one process, durable.
 //!
 //! Calls that write queue for one thread, which commits whatever waits in one transaction and answers after it is on the
-//! disk ([`writer`]). The rules are in [`commit`], reads in [`read`], the tables in [`store`]. Leases and the node's feed are
-//! in memory ([`presence`]). What is published was committed before, in the order of the ids.
+//! disk (`writer`). The rules are in `commit`, reads in `read`, the tables in `store`. Leases and the node's feed are
+//! in memory (`presence`). What is published was committed before, in the order of the ids.
 
 mod commit;
 mod presence;
