@@ -1,7 +1,7 @@
 //! The ledger: the one place where a request becomes a broadcast, and where the nodes read what they missed.
 //!
-//! Two implementations obey one interface and one generated operation sequence: [`redis`](crate::ledger::redis) (scripts on
-//! one hash slot an app) and [`embedded`](crate::ledger::embedded) (one file, one process).
+//! Two implementations obey one interface and one generated operation sequence: [`redis`] (scripts on
+//! one hash slot an app) and [`embedded`] (one file, one process).
 
 pub mod embedded;
 pub mod redis;
