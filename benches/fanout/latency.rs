@@ -53,12 +53,13 @@ pub async fn run() {
     });
     let logging_in = Arc::new(Semaphore::new(64));
     let mut logins = Vec::new();
+    let mut devices = Vec::new();
     let token = token(&app.key, "bench", &app.secret, 3600);
     for _ in 0..DEVICES {
         let permit = logging_in.clone().acquire_owned().await.unwrap();
         let (port, key, token, finish) = (node.public_port(), app.key.clone(), token.clone(), finish.clone());
         let (ready, is_ready) = tokio::sync::oneshot::channel();
-        tokio::spawn(async move {
+        devices.push(tokio::spawn(async move {
             let mut stream = connect(port, &key, &token).await;
             drop(permit);
             let _ = ready.send(());
@@ -74,7 +75,7 @@ pub async fn run() {
                     stream.write_all(&[0x8a, 0x80, 0, 0, 0, 0]).await.unwrap();
                 }
             }
-        });
+        }));
         logins.push(is_ready);
     }
     for login in logins {
@@ -107,6 +108,8 @@ pub async fn run() {
         println!("| {name} | {} | {} |", show(percentile(values, 0.5)), show(percentile(values, 0.99)));
     }
     println!();
+    // Before the servers end, which they would report.
+    devices.iter().for_each(tokio::task::JoinHandle::abort);
     drop((worker, node));
 }
 

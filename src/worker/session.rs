@@ -89,13 +89,13 @@ async fn consume(
     shutdown: &CancellationToken,
 ) -> Result<(), SessionError> {
     let mut work: FuturesUnordered<BoxFuture<'_, Done>> = FuturesUnordered::new();
-    // Bounded by the prefetch. The stream is read even while everything is held: its end is how a cancelled consumer shows,
-    // and who has lost its deliveries must not go on deciding them.
+    // Bounded by the prefetch.
     let mut waiting: VecDeque<Delivery> = VecDeque::new();
     let mut window = AckWindow::default();
     let mut look = tokio::time::interval(LOOK_EVERY);
     let mut consuming = true;
     while consuming || !work.is_empty() {
+        let room = work.len() < worker.settings.batches_in_flight;
         tokio::select! {
             Some(done) = work.next() => if let Done::Decided(settled) = done {
                 let late = settle(channel, &mut window, settled?).await?;
@@ -103,14 +103,24 @@ async fn consume(
                     work.push(reply_late(outbox, late).boxed());
                 }
             },
-            delivery = next(&mut consumer), if consuming => {
+            // Without room the stream is left alone: waking up for each delivery would cost more than deciding it.
+            delivery = next(&mut consumer), if consuming && waiting.is_empty() && room => {
                 waiting.push_back(delivery?);
                 // What has arrived meanwhile shares the round trip; nothing waits for a batch to fill.
-                while let Some(delivery) = next(&mut consumer).now_or_never() {
+                while waiting.len() < worker.settings.batch
+                    && let Some(delivery) = next(&mut consumer).now_or_never()
+                {
                     waiting.push_back(delivery?);
                 }
             },
-            _ = look.tick() => look_around(worker, channel, outbox, health)?,
+            _ = look.tick() => {
+                look_around(worker, channel, outbox, health)?;
+                // Its end is how a cancelled consumer shows, and who has lost its deliveries must not go on deciding them:
+                // so it is read now and then even while everything is held.
+                while consuming && let Some(delivery) = next(&mut consumer).now_or_never() {
+                    waiting.push_back(delivery?);
+                }
+            },
             () = shutdown.cancelled(), if consuming => {
                 consuming = false;
                 // Not begun: they go back to the queue when the connection is closed.
