@@ -1,5 +1,6 @@
 //! The Redis ledger: one script a decision, on one hash slot an app, on a single server, behind Sentinel, or in a cluster.
 
+mod answers;
 mod connect;
 mod feed;
 mod keys;
@@ -16,6 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use connect::{Mode, RedisSettings};
 
+use self::answers::{arguments, read, read_decision, small, stored};
 use self::connect::{Connection, describe};
 use self::feed::{Change, Subscription};
 use self::keys::Keys;
@@ -26,7 +28,7 @@ use crate::broadcast::BroadcastId;
 use crate::broadcast::app::AppKey;
 use crate::broadcast::envelope::{Content, Envelope, tail};
 use crate::broadcast::request::Submission;
-use crate::broadcast::verdict::{Accepted, Decision, Limit, Refusal};
+use crate::broadcast::verdict::Decision;
 
 /// How many entries of the log a node is given when it joins without a position: enough for its recent window.
 const JOIN_LOG: u32 = 1000;
@@ -376,69 +378,6 @@ impl Ledger for RedisLedger {
 
     fn health(&self) -> watch::Receiver<Result<(), String>> {
         self.health.clone()
-    }
-}
-
-/// `numkeys key… argument…`, behind a placeholder for the command's name.
-fn arguments<const K: usize, const A: usize>(keys: [String; K], arguments: [impl redis::ToRedisArgs; A]) -> Cmd {
-    let mut command = redis::cmd("-");
-    command.arg(K);
-    for key in keys {
-        command.arg(key);
-    }
-    for argument in arguments {
-        command.arg(argument);
-    }
-    command
-}
-
-fn read<T: redis::FromRedisValue>(value: Value) -> Result<T, LedgerError> {
-    redis::from_redis_value(value).map_err(|_| LedgerError::Corrupt("a script gave an unexpected answer".into()))
-}
-
-/// Reads row by row: one that cannot be read (by this version) is skipped, loudly, and the others are served.
-fn stored(app: &AppKey, raw: Vec<Vec<u8>>) -> Vec<Stored> {
-    let rows = raw.into_iter().filter_map(|raw| match Envelope::read(&raw) {
-        Ok(envelope) => Some(Stored { raw: raw.into(), envelope }),
-        Err(error) => {
-            tracing::error!(%app, %error, "a stored envelope cannot be read and is skipped");
-            None
-        }
-    });
-    rows.collect()
-}
-
-fn small(number: u64) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
-}
-
-/// The answer of accept.lua.
-fn read_decision(value: &Value) -> Result<Decision, LedgerError> {
-    let unexpected = || LedgerError::Corrupt("the accept script gave an unexpected answer".into());
-    let Value::Array(items) = value else { return Err(unexpected()) };
-    let mut numbers = [0u64; 7];
-    if items.is_empty() || items.len() > numbers.len() {
-        return Err(unexpected());
-    }
-    for (number, item) in numbers.iter_mut().zip(items) {
-        let Value::Int(integer) = item else { return Err(unexpected()) };
-        *number = u64::try_from(*integer).map_err(|_| unexpected())?;
-    }
-    match (numbers[0], items.len()) {
-        (1, 7) => Ok(Decision::Accepted(Accepted {
-            id: numbers[1],
-            time_ms: numbers[2],
-            expires_ms: numbers[3],
-            targeted: small(numbers[4]),
-            reached: small(numbers[5]),
-            repeated: numbers[6] != 0,
-        })),
-        (2, 1) => Ok(Decision::Conflict),
-        (3, 3) => {
-            let limit = if numbers[1] == 1 { Limit::Minute } else { Limit::Day };
-            Ok(Decision::Refused(Refusal { limit, retry_after: numbers[2] }))
-        }
-        _ => Err(unexpected()),
     }
 }
 
