@@ -71,15 +71,14 @@ async fn decide(worker: &Worker, shutdown: &CancellationToken, submissions: &[Su
         let batch = if open.len() == submissions.len() { submissions } else { &again };
         let answers = worker.ledger.accept(batch).await;
         timer.observe_duration();
-        let mut still_open = Vec::new();
-        for (position, answer) in open.into_iter().zip(answers) {
+        let mut warned = held.count > 0;
+        for (&position, answer) in open.iter().zip(answers) {
             match answer {
                 Ok(decision) => verdicts[position] = Some(decision.into()),
                 Err(error) if error.is_retryable() => {
-                    if held.count == 0 && still_open.is_empty() {
+                    if !std::mem::replace(&mut warned, true) {
                         tracing::warn!(%error, "requests are held until the ledger answers");
                     }
-                    still_open.push(position);
                 }
                 Err(error) => {
                     tracing::error!(%error, app = %submissions[position].request.app, "a request cannot be decided");
@@ -92,6 +91,8 @@ async fn decide(worker: &Worker, shutdown: &CancellationToken, submissions: &[Su
                 }
             }
         }
+        // By what is missing, not by what failed: a request without an answer must not get its neighbour's.
+        let still_open: Vec<usize> = open.into_iter().filter(|position| verdicts[*position].is_none()).collect();
         if still_open.is_empty() {
             return Some(verdicts.into_iter().flatten().collect());
         }
