@@ -10,6 +10,7 @@ pub mod app;
 pub mod backoff;
 pub mod broadcast;
 pub mod command;
+pub mod failpoint;
 pub mod ledger;
 pub mod metrics;
 pub mod node;

@@ -11,6 +11,9 @@ use clap::Parser;
 const BAD_SETTINGS: u8 = 78;
 
 fn main() -> ExitCode {
+    // What tests want to happen inside; see `broadcastd::failpoint`.
+    #[cfg(debug_assertions)]
+    let _failpoints = fail::FailScenario::setup();
     // Two TLS clients (AMQP, Redis) share one provider; rustls wants it named.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         eprintln!("broadcastd: TLS was set up twice");

@@ -154,3 +154,54 @@ fn every_metric_is_documented() {
         broadcastd::metrics::CATALOGUE.iter().map(|(name, _)| *name).filter(|name| !words.contains(name)).collect();
     assert!(missing.is_empty(), "README.md and docs/OPERATIONS.md say nothing of {missing:?}");
 }
+
+/// The rows of the fault table: number, and the text of each field.
+fn fault_rows(table: &str) -> Vec<(u32, std::collections::BTreeMap<&str, String>)> {
+    let mut rows = Vec::new();
+    for block in table.split("\n### ").skip(1) {
+        let number = block.split('.').next().unwrap().parse().unwrap();
+        let fields = block.split("\n\n").filter_map(|paragraph| paragraph.split_once(": "));
+        rows.push((number, fields.map(|(field, text)| (field, text.replace('\n', " ").trim().to_owned())).collect()));
+    }
+    rows
+}
+
+/// Whether a test of this name is there, and is run: `tests/integration/faults.rs: its_name`.
+fn find_test(reference: &str) -> Result<(), String> {
+    let (file, name) = reference.split_once(": ").ok_or_else(|| format!("`{reference}` is not `file: name`"))?;
+    let text = std::fs::read_to_string(Path::new(ROOT).join(file)).map_err(|error| format!("{file}: {error}"))?;
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    let wanted = format!("fn {name}(");
+    let at = lines.iter().position(|line| line.contains(&wanted)).ok_or_else(|| format!("{file} has no {name}"))?;
+    let attributes = || lines[..at].iter().rev().take_while(|line| line.starts_with('#') || line.starts_with("//"));
+    let is_test = |line: &&str| line.starts_with("#[test]") || line.starts_with("#[tokio::test");
+    if !attributes().any(|line| is_test(line)) {
+        return Err(format!("{name} is no test"));
+    }
+    if attributes().any(|line| line.starts_with("#[ignore")) { Err(format!("{name} is not run")) } else { Ok(()) }
+}
+
+#[test]
+fn every_row_of_the_fault_table_has_a_test() {
+    let table = read(&Path::new(ROOT).join("tests/FAULTS.md"));
+    let rows = fault_rows(&table);
+    assert_eq!(rows.iter().map(|(number, _)| *number).collect::<Vec<_>>(), (1..=41).collect::<Vec<_>>());
+    let mut wrong = Vec::new();
+    for (number, fields) in rows {
+        for field in ["must", "test", "seen", "broken"] {
+            if fields.get(field).is_none_or(|text| text.len() < 5) {
+                wrong.push(format!("row {number} has no `{field}`"));
+            }
+        }
+        let references = fields.get("test").map_or("", String::as_str).split('`').skip(1).step_by(2);
+        wrong.extend(references.filter_map(|test| find_test(test).err()).map(|why| format!("row {number}: {why}")));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_missing_or_ignored_test_is_found() {
+    assert!(find_test("tests/conventions.rs: a_missing_or_ignored_test_is_found").is_ok());
+    assert!(find_test("tests/conventions.rs: no_such_test").is_err());
+    assert!(find_test("tests/conventions.rs: fault_rows").is_err(), "a function, but no test");
+}

@@ -10,7 +10,7 @@ mod floor;
 mod growth;
 mod latency;
 mod machine;
-#[path = "../../tests/integration/support/mod.rs"]
+#[path = "../../tests/support/mod.rs"]
 #[allow(clippy::missing_panics_doc, reason = "shared with the tests")]
 mod support;
 

@@ -23,6 +23,7 @@ use crate::amqp::{AmqpSettings, connect, describe};
 use crate::backoff::Backoff;
 use crate::broadcast::request::Request;
 use crate::broadcast::verdict::code;
+use crate::failpoint;
 
 /// Building a session takes no longer than this.
 const BUILD: Duration = Duration::from_secs(10);
@@ -136,7 +137,10 @@ impl AmqpSubmitter {
                 },
                 confirmation = confirm.wait(), if !confirmed => match confirmation {
                     Ok(Confirmation::Nack(_)) => return Outcome::Busy("the message broker refused the request"),
-                    Ok(Confirmation::NotRequested | Confirmation::Ack(None)) => confirmed = true,
+                    Ok(Confirmation::NotRequested | Confirmation::Ack(None)) => {
+                        confirmed = true;
+                        failpoint::reached("api::after-enqueue", request.id.as_str());
+                    }
                     Ok(Confirmation::Ack(Some(returned))) => {
                         confirmed = true;
                         // lapin hands a returned message to whichever confirm resolves next, which under load is often

@@ -11,6 +11,7 @@ use super::{SessionError, Worker};
 use crate::backoff::Backoff;
 use crate::broadcast::request::Submission;
 use crate::broadcast::verdict::{Rejection, Verdict, code};
+use crate::failpoint;
 
 /// How a delivery is to be settled.
 pub(super) enum Settle {
@@ -45,6 +46,9 @@ pub(super) async fn decide_and_finish(
     batch: Open,
 ) -> Result<Vec<Settle>, SessionError> {
     let (items, submissions): (Vec<Item>, Vec<Submission>) = batch.into_iter().unzip();
+    for submission in &submissions {
+        failpoint::reached("worker::before-ledger", submission.request.id.as_str());
+    }
     let Some(verdicts) = decide(worker, shutdown, &submissions).await else {
         // Unsettled: closing the connection gives them back to the queue.
         return Ok(Vec::new());
@@ -138,10 +142,13 @@ pub(super) async fn finish(worker: &Worker, outbox: &Outbox, items: Decided) -> 
     let mut replies = Vec::new();
     for (item, verdict) in items {
         report(worker, &item, &verdict);
+        let request_id = item.request.as_ref().map_or("", |request| request.id.as_str());
         if matches!(verdict, Verdict::Accepted(_)) {
+            failpoint::reached("worker::before-reply", request_id);
             replies.push(outbox.reply(&item, &verdict).await);
             settled.push(Settle::Ack { item, reply_after: None });
         } else if item.reply_to.is_some() && !is_malformed(&item, &verdict) {
+            failpoint::reached("worker::refusal-before-ack", request_id);
             settled.push(Settle::Ack { item, reply_after: Some(verdict) });
         } else {
             // Malformed, or nobody waits for the answer: it is kept, with its reason.
@@ -159,6 +166,9 @@ pub(super) async fn finish(worker: &Worker, outbox: &Outbox, items: Decided) -> 
         // The alarm came up just now, with this publish.
         broker_moves = true;
     }
+    if !dead.is_empty() {
+        failpoint::reached("worker::after-dead-letter", "");
+    }
     settled.extend(dead.into_iter().map(|(item, verdict)| {
         if broker_moves {
             return Settle::Reject { item };
@@ -167,6 +177,7 @@ pub(super) async fn finish(worker: &Worker, outbox: &Outbox, items: Decided) -> 
         Settle::Ack { item, reply_after }
     }));
     outbox.replied(replies).await;
+    failpoint::reached("worker::before-ack", "");
     Ok(settled)
 }
 

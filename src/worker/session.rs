@@ -20,6 +20,7 @@ use super::process::{self, Settle};
 use super::{SessionError, Worker, topology};
 use crate::amqp::connect;
 use crate::broadcast::verdict::Verdict;
+use crate::failpoint;
 
 /// How often the outbox is looked at: lapin tells the death of a connection only to those that use it.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -216,6 +217,10 @@ async fn settle(
 async fn reply_late(outbox: &Outbox, replies: Vec<(Item, Verdict)>) -> Done {
     let mut sent = Vec::with_capacity(replies.len());
     for (item, verdict) in &replies {
+        failpoint::reached(
+            "worker::refusal-after-ack",
+            item.request.as_ref().map_or("", |request| request.id.as_str()),
+        );
         sent.push(outbox.reply(item, verdict).await);
     }
     outbox.replied(sent).await;

@@ -18,4 +18,5 @@ mod selftest;
 mod settings;
 mod standalone;
 mod submitter;
+#[path = "../support/mod.rs"]
 mod support;

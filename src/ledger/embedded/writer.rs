@@ -16,6 +16,7 @@ use super::store::{Failure, Opener, probe};
 use crate::broadcast::BroadcastId;
 use crate::broadcast::app::AppKey;
 use crate::broadcast::verdict::Decision;
+use crate::failpoint;
 use crate::ledger::{LedgerError, LedgerSettings, Recalled, Stored};
 
 /// How many requests share a transaction at the most: the first of them waits for the last.
@@ -184,7 +185,9 @@ impl Writer {
         if writes == 0 {
             transaction.abort()?
         } else {
-            transaction.commit()?
+            failpoint::reached("embedded::before-commit", "");
+            transaction.commit()?;
+            failpoint::reached("embedded::after-commit", "");
         }
         Ok((outcomes, published))
     }

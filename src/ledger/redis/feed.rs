@@ -13,6 +13,7 @@ use super::connect::{Connection, RedisSettings, describe, probe};
 use super::keys::Keys;
 use crate::backoff::Backoff;
 use crate::broadcast::app::AppKey;
+use crate::failpoint;
 use crate::ledger::{FEED_CAPACITY, Feed, LedgerError, NodeName};
 
 /// How often the subscription's connection is probed: a dead peer, or a demoted one, is noticed within this and the response
@@ -45,6 +46,9 @@ impl Inlet {
                 else {
                     return;
                 };
+                if failpoint::reached("feed::message", "") {
+                    return;
+                }
                 let app = std::str::from_utf8(&channel).ok().and_then(|channel| self.keys.app_of_channel(channel));
                 if let Some(app) = app
                     && self.feed.try_send(Feed::Published(app, envelope.into())).is_err()

@@ -29,6 +29,7 @@ use crate::broadcast::app::AppKey;
 use crate::broadcast::envelope::{Content, Envelope, tail};
 use crate::broadcast::request::Submission;
 use crate::broadcast::verdict::Decision;
+use crate::failpoint;
 
 /// How many entries of the log a node is given when it joins without a position: enough for its recent window.
 const JOIN_LOG: u32 = 1000;
@@ -131,6 +132,7 @@ impl RedisLedger {
                 join_all(calls).await
             }
         };
+        failpoint::reached("ledger::before-answer", "");
         let mut decisions = Vec::with_capacity(batch.len());
         for (submission, answer) in batch.iter().zip(answers) {
             let answer = match answer {

@@ -7,6 +7,7 @@ use futures_util::future::BoxFuture;
 
 use crate::broadcast::BroadcastId;
 use crate::broadcast::app::AppKey;
+use crate::failpoint;
 use crate::ledger::{Generation, Ledger, LedgerError, NodeName, Renewal, Snapshot, Stored};
 use crate::node::login::AppIndex;
 
@@ -105,6 +106,7 @@ impl Caller {
                     caller.ledger.unsubscribe(&key).await?;
                 }
                 caller.ledger.subscribe(&key).await?;
+                failpoint::reached("node::after-subscribe", key.as_str());
                 asked = Instant::now();
                 caller.ledger.join(&key, &caller.node, caller.lease, after).await
             });

@@ -12,6 +12,7 @@ use super::session::State;
 use super::{Shard, key};
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::Platform;
+use crate::failpoint;
 use crate::node::entry::Entry;
 use crate::node::login::AppIndex;
 use crate::node::timeline::{Reader, Timeline};
@@ -219,6 +220,7 @@ impl Shard {
             Ok(sent) if sent == bytes.len() => {
                 session.cursor = timeline.last();
                 batch.sessions += 1;
+                failpoint::reached("node::mid-sweep", "");
             }
             Ok(mut sent) => {
                 for entry in &batch.entries {

@@ -7,6 +7,7 @@ pub mod checker;
 pub mod device;
 pub mod guard;
 pub mod ports;
+pub mod proxy;
 pub mod rabbitmq;
 pub mod redis;
 pub mod sender;
