@@ -152,6 +152,7 @@ async fn start(
         Role::Worker => Ok(start_worker(settings, directory, metrics, stop)),
         Role::Node => start_node(settings, &directory, metrics, stop),
         Role::Standalone => {
+            survive_the_file_size_limit()?;
             let ledger = EmbeddedLedger::open(&settings.embedded, settings.ledger, system_clock())?;
             start_standalone(settings, directory, Arc::new(ledger), metrics, stop)
         }
@@ -258,6 +259,14 @@ async fn drain_node(node: Node, metrics: Metrics, drain: DrainSettings, stop: Ca
     let longest = drain.deadline_seconds.saturating_sub(1).max(1);
     let window = (sessions / LEAVES_A_SECOND).clamp(1, longest);
     node.drain(Instant::now() + Duration::from_secs(window)).await;
+    Ok(())
+}
+
+/// A limit on the size of files (`ulimit -f`, `LimitFSIZE=`) would kill the process at the first write past it. With a handler
+/// the write fails instead, as on a full disk, and the ledger goes on when there is room.
+fn survive_the_file_size_limit() -> anyhow::Result<()> {
+    // Installed for good: dropping the stream does not take the handler away.
+    let _ = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?;
     Ok(())
 }
 

@@ -90,7 +90,7 @@ metrics! {
 
     /// Envelopes that the node received by its subscription.
     envelopes: IntCounter = "broadcastd_envelopes_total";
-    /// Envelopes that could not be read, and were skipped.
+    /// Envelopes that could not be read, or only by a newer version, and were skipped.
     envelopes_unreadable: IntCounter = "broadcastd_envelopes_unreadable_total";
     /// Times that the node read the log because something was missing.
     backfills: IntCounter = "broadcastd_backfills_total";

@@ -9,13 +9,12 @@ use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
 use super::form::Form;
 use super::signature::{Signed, single};
 use super::submit::Outcome;
-use super::{Api, body, history};
+use super::{Api, Place, body, history};
 use crate::broadcast::app::App;
 use crate::broadcast::request::{MAX_REQUEST_ID, RawRequest, Request, Submission, hex};
 use crate::broadcast::verdict::{Rejection, code};
@@ -137,7 +136,7 @@ impl Api {
         if !app.broadcast {
             return Err(Answer::error(code::FORBIDDEN, "broadcasts are not activated for this app"));
         }
-        let Ok(permit) = Arc::clone(&self.in_flight).try_acquire_owned() else {
+        let Some(place) = self.place(&app) else {
             let mut busy = Answer::error(code::BUSY, "busy: nothing was sent; try again later");
             if let Some(id) = form.take("requestId").filter(|id| !id.is_empty()) {
                 busy.json["requestId"] = id.into();
@@ -145,10 +144,10 @@ impl Api {
             return Err(busy);
         };
         match call {
-            Call::Broadcast => self.broadcast(&app, &parts.headers, form, permit).await,
+            Call::Broadcast => self.broadcast(&app, &parts.headers, form, place).await,
             Call::QueryById => history::query_by_id(self, &app, form).await,
             Call::Query => history::query(self, &app, form).await,
-            Call::Delete => history::delete(self, app, form, permit).await,
+            Call::Delete => history::delete(self, app, form, place).await,
         }
     }
 
@@ -170,14 +169,14 @@ impl Api {
         app: &App,
         headers: &HeaderMap,
         form: Form,
-        permit: OwnedSemaphorePermit,
+        place: Place,
     ) -> Result<Answer, Answer> {
         let request = request(app, form, single(headers, "RequestId")?)?;
         let submission = Submission::new(request, &self.directory).map_err(|(_, rejection)| rejection)?;
         let api = Arc::clone(self);
         // A task of its own: a caller that hangs up must not leave a request half submitted and unlogged.
         let task = tokio::spawn(async move {
-            let _permit = permit;
+            let _place = place;
             api.submit(&submission).await
         });
         task.await.map_err(|_| Answer::error(code::UNKNOWN, "unknown: this server failed; ask again"))

@@ -159,7 +159,13 @@ impl Ledger for FakeLedger {
 }
 
 pub fn settings() -> ApiSettings {
-    ApiSettings { reply_timeout_ms: 300, max_in_flight: 10, max_body_bytes: 65_536, checksum_window_seconds: 300 }
+    ApiSettings {
+        reply_timeout_ms: 300,
+        max_in_flight: 10,
+        max_in_flight_per_app: 10,
+        max_body_bytes: 65_536,
+        checksum_window_seconds: 300,
+    }
 }
 
 /// The routes over a fake ledger, with the apps `demo`, and `quiet` for which broadcasts are off.

@@ -5,7 +5,7 @@ use lapin::protocol::basic::AMQPProperties;
 use lapin::types::{AMQPValue, DeliveryTag, ShortString};
 
 use crate::broadcast::app::Directory;
-use crate::broadcast::request::{Request, Submission};
+use crate::broadcast::request::{MAX_REQUEST_BYTES, Request, Submission};
 use crate::broadcast::verdict::{Rejection, Verdict};
 
 /// The header that the API sets: when it enqueued the request, milliseconds since the Unix epoch.
@@ -17,7 +17,10 @@ pub(super) struct Item {
     pub(super) reply_to: Option<ShortString>,
     pub(super) correlation_id: Option<ShortString>,
     pub(super) properties: AMQPProperties,
+    /// What was sent; of more than [`MAX_REQUEST_BYTES`] only so much.
     pub(super) payload: Vec<u8>,
+    /// How much was sent, bytes.
+    pub(super) size: usize,
     /// What was asked, where it could be read.
     pub(super) request: Option<Request>,
     /// When it was enqueued, by the sender's clock, milliseconds since the Unix epoch.
@@ -26,9 +29,15 @@ pub(super) struct Item {
 
 /// What intake makes of a delivery: a submission for the ledger, or a verdict already.
 pub(super) fn read(delivery: Delivery, directory: &Directory) -> (Item, Result<Submission, Verdict>) {
-    let Delivery { delivery_tag, properties, data, .. } = delivery;
+    let Delivery { delivery_tag, properties, mut data, .. } = delivery;
     let message_id = properties.message_id().as_ref().map(ShortString::as_str);
     let read = Request::from_json(&data, message_id);
+    let size = data.len();
+    if size > MAX_REQUEST_BYTES {
+        // Let go at once: hundreds of them held, each copied into its dead letter, would be gigabytes.
+        data.truncate(MAX_REQUEST_BYTES);
+        data.shrink_to_fit();
+    }
     let mut item = Item {
         tag: delivery_tag,
         reply_to: properties.reply_to().clone().filter(|reply_to| !reply_to.as_str().is_empty()),
@@ -36,6 +45,7 @@ pub(super) fn read(delivery: Delivery, directory: &Directory) -> (Item, Result<S
         enqueued_at_ms: enqueued_at(&properties),
         properties,
         payload: data,
+        size,
         request: None,
     };
     let rejected = |rejection: Rejection| Err(Verdict::Rejected(rejection));

@@ -113,7 +113,9 @@ impl Outbox {
         self.metrics.replies_lost.with_label_values(&[lost]).inc();
     }
 
-    /// Puts requests on the dead-letter queue, unchanged, with the reason in their headers. Returns when the broker has all.
+    /// Puts requests on the dead-letter queue, with the reason in their headers. Returns when the broker has all. They are
+    /// unchanged, but for those too large ever to be accepted: of these the beginning is kept, and `x-size` says how much there
+    /// was, so that they do not push the others out of the queue.
     ///
     /// One call at a time: lapin hands a returned message to whichever confirmation resolves next, so that a failure can only
     /// be told of all that is under way together.
@@ -122,7 +124,12 @@ impl Outbox {
         let channel = self.dead_letters.lock().await;
         let mut confirms = Vec::with_capacity(dead.len());
         for (item, verdict) in dead {
-            let properties = dead_properties(&item.properties, verdict);
+            let mut properties = dead_properties(&item.properties, verdict);
+            if item.payload.len() < item.size {
+                let mut headers = properties.headers().clone().unwrap_or_default();
+                headers.insert("x-size".into(), AMQPValue::LongLongInt(i64::try_from(item.size).unwrap_or(i64::MAX)));
+                properties = properties.with_headers(headers);
+            }
             let name = &self.dead_letter;
             let sent = channel.basic_publish(name.clone(), name.clone(), MANDATORY, &item.payload, properties);
             confirms.push(sent.await.map_err(failed)?);

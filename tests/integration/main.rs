@@ -5,10 +5,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
+mod calls;
 mod cluster;
 mod commands;
 mod differential;
 mod drain;
+mod embedded;
 mod end_to_end;
 mod faults;
 mod hostile;
@@ -20,3 +22,4 @@ mod standalone;
 mod submitter;
 #[path = "../support/mod.rs"]
 mod support;
+mod versions;

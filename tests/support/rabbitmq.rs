@@ -37,6 +37,11 @@ impl RabbitMq {
 
     /// One that a test may restart, freeze and fill.
     pub fn dedicated() -> Self {
+        Self::with_settings("")
+    }
+
+    /// The same, with more lines in its rabbitmq.conf.
+    pub fn with_settings(more: &str) -> Self {
         let folder = folder("rabbitmq");
         let (port, management) = (ports::free(), ports::free());
         std::fs::write(folder.join("plugins"), "[rabbitmq_management].").unwrap();
@@ -45,7 +50,8 @@ impl RabbitMq {
              management.tcp.ip = 127.0.0.1\n\
              management.tcp.port = {management}\n\
              # A test may run on a disk with little room; the alarm has tests of its own.\n\
-             disk_free_limit.absolute = 1MB\n"
+             disk_free_limit.absolute = 1MB\n\
+             {more}\n"
         );
         std::fs::write(folder.join("rabbitmq.conf"), settings).unwrap();
         let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();

@@ -213,6 +213,7 @@ fn sentence(error: &redb::Error) -> String {
 fn io_sentence(error: &std::io::Error) -> String {
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "the disk with the ledger's file is full".to_owned(),
+        ErrorKind::FileTooLarge => "the ledger's file has reached the limit on the size of files".to_owned(),
         ErrorKind::ReadOnlyFilesystem => "the disk with the ledger's file is read-only".to_owned(),
         ErrorKind::InvalidData => format!("it is not a ledger, or damaged ({error})"),
         _ => error.to_string(),

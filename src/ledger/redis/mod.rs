@@ -188,9 +188,10 @@ impl RedisLedger {
         let value = self.run(&mut live, &self.scripts.history, &arguments).await?;
         let (now_ms, log, retained): (u64, Vec<Vec<u8>>, Vec<Vec<u8>>) = read(value)?;
         let mut retained: Vec<_> = stored(app, retained).into_iter().map(|stored| stored.envelope).collect();
-        retained.retain(|envelope| !envelope.expired(now_ms));
+        let is_broadcast = |envelope: &Envelope| matches!(envelope.content, Content::Broadcast { .. });
+        retained.retain(|envelope| is_broadcast(envelope) && !envelope.expired(now_ms));
         let mut log: Vec<_> = stored(app, log).into_iter().map(|stored| stored.envelope).collect();
-        log.retain(|envelope| !matches!(envelope.content, Content::Recall(_)));
+        log.retain(is_broadcast);
         Ok(History { log, retained })
     }
 
