@@ -184,20 +184,19 @@ impl Session {
         if !entry.is_for(platform) {
             return None;
         }
+        let is_live = id > self.head;
         if entry.recalled.is_some() {
-            counts.recalled += 1;
+            counts.recalled += u64::from(is_live);
             return None;
         }
         let is_retained = entry.expires_ms > 0 && entry.trimmed.is_none();
-        if id <= self.head && !is_retained {
-            let within = self.since > 0 && entry.time_ms > self.welcome_ms.saturating_sub(rules.resume_ms);
-            if !within {
-                counts.away += 1;
-                return None;
-            }
+        let is_recent = self.since > 0 && entry.time_ms > self.welcome_ms.saturating_sub(rules.resume_ms);
+        if !is_live && !is_retained && !is_recent {
+            counts.away += u64::from(self.since > 0);
+            return None;
         }
         if entry.expires_ms > 0 && entry.expires_ms <= at_ms + MARGIN_MS / 2 {
-            counts.expired += 1;
+            counts.expired += u64::from(is_live);
             return None;
         }
         let (since, head, late) = (self.since, self.head, at_ms.saturating_sub(entry.time_ms));
