@@ -153,7 +153,15 @@ impl Fault {
                 let mut rabbitmq = on.rabbitmq.lock().await;
                 block_in_place(|| if matches!(self, Self::BrokerKill(_)) { rabbitmq.kill() } else { rabbitmq.stop() });
                 sleep(*pause).await;
-                block_in_place(|| rabbitmq.start());
+                rabbitmq.start_without_waiting();
+                // An Erlang node takes minutes to come up on a machine that is busy enough.
+                for _ in 0..240 {
+                    if tokio::net::TcpStream::connect(("127.0.0.1", rabbitmq.port())).await.is_ok() {
+                        break;
+                    }
+                    sleep(Duration::from_secs(1)).await;
+                }
+                block_in_place(|| rabbitmq.wait_ready());
             }
             Self::BrokerFreeze(time) => {
                 let rabbitmq = on.rabbitmq.lock().await;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 use tokio::task::block_in_place;
+use tokio::time::sleep;
 
 use crate::support::broadcastd::{App, Process};
 use crate::support::proxy::Proxy;
@@ -101,7 +102,15 @@ impl Installation {
     /// Waits until every process is ready; fails the run at the deadline, or if one has ended by itself.
     pub async fn wait_ready(&self) {
         for process in self.processes.values() {
-            process.lock().await.wait_ready().await;
+            let mut process = process.lock().await;
+            // A busy machine may take longer than a test would wait.
+            for _ in 0..60 {
+                if matches!(process.readiness().await, Ok((200, _))) {
+                    break;
+                }
+                sleep(Duration::from_millis(500)).await;
+            }
+            process.wait_ready().await;
         }
     }
 

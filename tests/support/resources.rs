@@ -80,15 +80,14 @@ pub struct RedisUsage {
 impl RedisUsage {
     /// Of this server; it must answer.
     pub fn of(redis: &Redis) -> Self {
-        let info = |section: &str, name: &str| {
-            let text = redis.command(&["INFO", section]);
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or("0");
-            line.trim().parse().unwrap()
-        };
+        let info = redis.command(&["INFO"]);
+        let value = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("0").trim();
+        // `db0:keys=12,expires=3,…`; without keys there is no such line.
+        let keys = value("db0:keys=").split(',').next().unwrap_or("0");
         Self {
-            keys: redis.command(&["DBSIZE"]).parse().unwrap(),
-            used_memory: info("memory", "used_memory"),
-            clients: info("clients", "connected_clients"),
+            keys: keys.parse().unwrap(),
+            used_memory: value("used_memory:").parse().unwrap(),
+            clients: value("connected_clients:").parse().unwrap(),
         }
     }
 }
