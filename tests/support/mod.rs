@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "a toolbox: not every test module uses every tool")]
 
+pub mod audit;
 pub mod broadcastd;
 pub mod checker;
 pub mod device;
@@ -10,8 +11,10 @@ pub mod ports;
 pub mod proxy;
 pub mod rabbitmq;
 pub mod redis;
+pub mod resources;
 pub mod sender;
 pub mod stack;
+pub mod stored;
 
 use std::fmt::Display;
 use std::sync::atomic::{AtomicU32, Ordering};

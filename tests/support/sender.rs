@@ -173,6 +173,15 @@ impl Amqp {
         .await
     }
 
+    /// Takes everything from the dead-letter queue, which may be nothing.
+    pub async fn dead_letters(&self) -> Vec<DeadLetter> {
+        let mut letters = Vec::new();
+        while self.ready("broadcast.dead").await > 0 {
+            letters.push(self.dead_letter().await);
+        }
+        letters
+    }
+
     /// How many messages are ready in a queue.
     pub async fn ready(&self, queue: &str) -> u32 {
         let options = QueueDeclareOptions::durable().passive();
