@@ -5,13 +5,17 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
+mod clocks;
 mod cluster;
 mod commands;
 mod differential;
 mod drain;
 mod end_to_end;
 mod faults;
+mod feed;
 mod hostile;
+mod opening;
+mod redis_away;
 mod requests;
 mod retained;
 mod selftest;

@@ -108,7 +108,9 @@ impl Caller {
                 caller.ledger.subscribe(&key).await?;
                 failpoint::reached("node::after-subscribe", key.as_str());
                 asked = Instant::now();
-                caller.ledger.join(&key, &caller.node, caller.lease, after).await
+                let snapshot = caller.ledger.join(&key, &caller.node, caller.lease, after).await;
+                failpoint::reached("node::after-snapshot", key.as_str());
+                snapshot
             });
             let result = result.await;
             Outcome::Read { app: index, incarnation, asked, result }

@@ -1,0 +1,124 @@
+//! Broadcasts that race with a node's first look at an app: subscribe, lease and snapshot, then live.
+
+use futures_util::future::join_all;
+
+use crate::support::broadcastd::{App, Process};
+use crate::support::checker::{Checker, Must};
+use crate::support::device::Device;
+use crate::support::load::all_numbered;
+use crate::support::redis::Redis;
+use crate::support::sender::request;
+use crate::support::stack::Stack;
+use crate::support::{SOON, until};
+
+/// Whatever is missed on the way would not be found by a renewal, but only by chance or never.
+fn without_renewals(node: Process) -> Process {
+    node.with("node.lease_seconds", "1000").with("node.renew_seconds", "400")
+}
+
+/// Row 25: everything published while the node stands still at `point` of opening the app, then it goes on.
+async fn published_while_stopped_at(point: &str) {
+    let app = App::unlimited();
+    let stack = Stack::new(std::slice::from_ref(&app));
+    let node =
+        async { without_renewals(stack.role("node")).failpoints(&format!("{point}=1*return(stop)")).start().await };
+    let (_worker, node) = tokio::join!(stack.worker(), node);
+    let amqp = stack.amqp().await;
+    let mut checker = Checker::default();
+    let before = all_numbered(&app, 0..30);
+    checker.all_accepted(&before, &amqp.burst(&before).await);
+
+    let mut device = Device::new(&app, "web");
+    let url = node.device_url();
+    let publishing = async {
+        node.wait_stopped().await;
+        let during = all_numbered(&app, 30..130);
+        checker.all_accepted(&during, &amqp.burst(&during).await);
+        node.resume();
+    };
+    tokio::join!(device.login(&url), publishing);
+    amqp.accepted(&request(&app, "end")).await;
+    let mut contents = device.contents_up_to("end").await;
+    contents.pop();
+    checker
+        .device(&device.history()[..contents.len()], Must::RetainedUpTo(device.head()), 0)
+        .unwrap_or_else(|why| panic!("{why}; head {}, had {contents:?}", device.head()));
+    assert_eq!(node.metric("broadcastd_lost_envelopes_total").await, 0.0);
+}
+
+#[tokio::test]
+async fn published_between_subscribing_and_the_snapshot() {
+    published_while_stopped_at("node::after-subscribe").await;
+}
+
+#[tokio::test]
+async fn published_between_the_snapshot_and_going_live() {
+    published_while_stopped_at("node::after-snapshot").await;
+}
+
+/// Row 25, without a stop: first devices of many apps log in while a burst is being sent.
+#[tokio::test]
+async fn first_devices_that_log_in_during_a_burst_miss_nothing() {
+    let apps: Vec<App> = (0..24).map(|_| App::unlimited()).collect();
+    let stack = Stack::new(&apps);
+    let node = async { without_renewals(stack.role("node")).start().await };
+    let (_worker, node) = tokio::join!(stack.worker(), node);
+    let amqp = stack.amqp().await;
+    let url = node.device_url();
+    let mut amid = 0;
+    for app in &apps {
+        let requests = all_numbered(app, 0..60);
+        let replies_before = amqp.replies();
+        let login = async {
+            // At another moment of the burst each time.
+            let wanted = replies_before + amid % 30;
+            until("replies", SOON, async || if amqp.replies() >= wanted { Ok(()) } else { Err(wanted) }).await;
+            join_all(["web", "ios"].map(|platform| Device::online(app, platform, &url))).await
+        };
+        let (replies, mut devices) = tokio::join!(amqp.burst(&requests), login);
+        let mut checker = Checker::default();
+        checker.all_accepted(&requests, &replies);
+        let ids: Vec<u64> = replies.iter().map(|reply| reply["msg"]["broadcastId"].as_u64().unwrap()).collect();
+        amqp.accepted(&request(app, "end")).await;
+        for device in &mut devices {
+            let had = device.contents_up_to("end").await.len() - 1;
+            let head = device.head();
+            checker.device(&device.history()[..had], Must::RetainedUpTo(head), 0).unwrap();
+            amid += usize::from(ids.iter().any(|id| *id <= head) && ids.iter().any(|id| *id > head));
+        }
+    }
+    assert!(amid >= 6, "only {amid} of 48 logins were in the middle of their burst");
+    println!("{amid} of 48 logins were in the middle of their burst");
+}
+
+/// Row 25, the other way round: the app is given up and opened again while broadcasts come.
+#[tokio::test]
+async fn an_app_that_is_given_up_and_opened_again_misses_nothing() {
+    let app = App::unlimited();
+    let stack = Stack::new(std::slice::from_ref(&app));
+    let node =
+        async { stack.role("node").with("node.linger_seconds", "0").with("node.renew_seconds", "1").start().await };
+    let (_worker, node) = tokio::join!(stack.worker(), node);
+    let amqp = stack.amqp().await;
+    let url = node.device_url();
+    let nodes = format!("{}{{{}}}:nodes", stack.prefix, app.key);
+    let mut checker = Checker::default();
+    for round in 0..8 {
+        let requests = all_numbered(&app, round * 40..round * 40 + 40);
+        let (replies, mut device) = tokio::join!(amqp.burst(&requests), Device::online(&app, "web", &url));
+        checker.all_accepted(&requests, &replies);
+        amqp.accepted(&request(&app, &format!("end {round}"))).await;
+        // Ends of earlier rounds are not retained: nothing of them comes again.
+        let had = device.contents_up_to(&format!("end {round}")).await.len() - 1;
+        checker.device(&device.history()[..had], Must::RetainedUpTo(device.head()), 0).unwrap();
+        device.drop_connection();
+        if round % 2 == 0 {
+            // Else the next one may come before it is given up, or while it is.
+            let left = async || match Redis::shared().command(&["ZCARD", &nodes]).as_str() {
+                "0" => Ok(()),
+                count => Err(count.to_owned()),
+            };
+            until("without a lease", SOON, left).await;
+        }
+    }
+}
