@@ -53,7 +53,7 @@ async fn redis_down_for_half_a_minute_under_load() {
     redis.start();
     worker.wait_ready().await;
     node.wait_ready().await;
-    wait_for_replies(&amqp, decided + 1000).await;
+    wait_for_replies(&amqp, decided + 500).await;
     let (requests, asked) = load.stop().await;
 
     let mut checker = Checker::default();

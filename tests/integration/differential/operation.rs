@@ -68,7 +68,7 @@ pub fn operation() -> impl Strategy<Value = Operation> {
     ];
     prop_oneof![
         30 => proptest::collection::vec(sending(), 1..4).prop_map(O::Accept),
-        3 => (40usize..110, time()).prop_map(|(count, ttl)| O::Burst(count, ttl)),
+        4 => (40usize..110, time()).prop_map(|(count, ttl)| O::Burst(count, ttl)),
         6 => (app.clone(), pick()).prop_map(|(app, id)| O::Recall(app, id)),
         6 => (app.clone(), pick()).prop_map(|(app, id)| O::Find(app, id)),
         8 => (app.clone(), pick(), limit, kind).prop_map(|(app, id, limit, kind)| O::List(app, id, limit, kind)),
@@ -80,7 +80,7 @@ pub fn operation() -> impl Strategy<Value = Operation> {
         1 => app.clone().prop_map(O::Unsubscribe),
         4 => (app, pick(), lost, proptest::collection::vec(pick(), 0..3), any::<bool>())
             .prop_map(|(app, head, lost, recalled, first)| O::Restore(app, head, lost, recalled, first)),
-        6 => (0..APPS.len(), 0usize..12, select(vec![0, 0, 0, 0, -1, 1]))
+        9 => (0..APPS.len(), 0usize..12, select(vec![0, 0, 0, 0, -1, 1]))
             .prop_map(|(app, nth, beside_ms)| O::Expiry(app, nth, beside_ms)),
         16 => step().prop_map(O::Clock),
         2 => (0usize..4).prop_map(O::Generation),

@@ -3,7 +3,7 @@
 --
 -- KEYS meta, log, retained, nodes
 -- ARGV node, lease ms, after (0: the newest entries only), most entries for that
--- Returns {now ms, head, {log envelope…} oldest first, {retained envelope…} oldest first, entries that the log ever had}
+-- Returns {now ms, head, {log envelope…} oldest first, {retained envelope…} oldest first, entries that the log ever had (-1: not known)}
 
 local now_ms = math.floor(now_us() / 1000)
 local head = parse_meta(redis.call('GET', KEYS[1]), KEYS[2])
@@ -27,9 +27,12 @@ for i = 1, #members do
     retained[#retained + 1] = members[i]
   end
 end
--- By this the node counts what was let go. pcall: there may be no log yet, or no permission to ask; then it estimates.
-local logged = 0
+-- By this the node counts what was let go. pcall: without the permission to ask, it estimates.
+local logged = -1
 local about = redis.pcall('XINFO', 'STREAM', KEYS[2])
+if about.err and string.find(about.err, 'no such key', 1, true) then
+  logged = 0
+end
 for i = 1, #about, 2 do
   if about[i] == 'entries-added' then
     logged = about[i + 1]
