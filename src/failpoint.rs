@@ -22,7 +22,7 @@ pub const POINTS: &[(&str, &str)] = &[
     ("node::after-subscribe", "a node has subscribed to an app; it has neither lease nor snapshot (subject: the app)"),
     (
         "node::after-snapshot",
-        "a node has lease and snapshot of an app; its devices see nothing of it (subject: the app)",
+        "a node has lease and snapshot of an app; its devices see nothing of it (skip: not yet; 10 ms a pass)",
     ),
     ("node::mid-sweep", "a broadcast was sent to one session; the others follow"),
     ("embedded::before-commit", "a group of operations is written; it is not committed"),

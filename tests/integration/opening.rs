@@ -25,45 +25,77 @@ fn due(requests: &[Value], replies: &[Value], head: u64) -> usize {
     requests.iter().zip(replies).filter(is_due).count()
 }
 
-/// Row 25: everything published while the node stands still at `point` of opening the app, then it goes on.
-async fn published_while_stopped_at(point: &str) {
+/// What the device is to have that logged in with the first look at the app, and nothing else, before anything else is sent:
+/// the next one would reveal what is missing.
+async fn check(device: &mut Device, requests: &[Value], replies: &[Value]) {
+    let mut checker = Checker::default();
+    checker.all_accepted(requests, replies);
+    let head = device.head();
+    device.collect(due(requests, replies, head), SOON).await;
+    checker.device(device.history(), Must::RetainedUpTo(head), 0).unwrap();
+}
+
+/// Row 25: the node stands still when it is subscribed and has neither lease nor snapshot.
+#[tokio::test]
+async fn published_between_subscribing_and_the_snapshot() {
     let app = App::unlimited();
     let stack = Stack::new(std::slice::from_ref(&app));
     let node =
-        async { without_renewals(stack.role("node")).failpoints(&format!("{point}=1*return(stop)")).start().await };
+        async { without_renewals(stack.role("node")).failpoints("node::after-subscribe=1*return(stop)").start().await };
     let (_worker, node) = tokio::join!(stack.worker(), node);
     let amqp = stack.amqp().await;
-    let mut checker = Checker::default();
-    let before = all_numbered(&app, 0..30);
-    let mut replies = amqp.burst(&before).await;
-
+    let requests = all_numbered(&app, 0..130);
+    let mut replies = amqp.burst(&requests[..30]).await;
     let mut device = Device::new(&app, "web");
     let url = node.device_url();
     let publishing = async {
         node.wait_stopped().await;
-        let during = all_numbered(&app, 30..130);
-        replies.extend(amqp.burst(&during).await);
+        replies.extend(amqp.burst(&requests[30..]).await);
         node.resume();
-        [before, during].concat()
     };
-    let ((), requests) = tokio::join!(device.login(&url), publishing);
-    checker.all_accepted(&requests, &replies);
-    // Before anything else is sent: the next one would reveal what is missing.
-    device.collect(due(&requests, &replies, device.head()), SOON).await;
-    checker.device(device.history(), Must::RetainedUpTo(device.head()), 0).unwrap();
+    tokio::join!(device.login(&url), publishing);
+    check(&mut device, &requests, &replies).await;
     amqp.accepted(&request(&app, "end")).await;
     assert_eq!(device.contents_up_to("end").await, ["end"]);
-    assert_eq!(node.metric("broadcastd_lost_envelopes_total").await, 0.0);
 }
 
-#[tokio::test]
-async fn published_between_subscribing_and_the_snapshot() {
-    published_while_stopped_at("node::after-subscribe").await;
-}
-
+/// Row 25: the node has the lease, and its snapshot is on the way for seconds while what is published arrives.
 #[tokio::test]
 async fn published_between_the_snapshot_and_going_live() {
-    published_while_stopped_at("node::after-snapshot").await;
+    let app = App::unlimited();
+    let stack = Stack::new(std::slice::from_ref(&app));
+    let node = async {
+        without_renewals(stack.role("node")).failpoints("node::after-snapshot=800*return(skip)").start().await
+    };
+    let (_worker, node) = tokio::join!(stack.worker(), node);
+    let amqp = stack.amqp().await;
+    let requests = all_numbered(&app, 0..130);
+    let mut replies = amqp.burst(&requests[..30]).await;
+    let head_before = replies.iter().filter_map(|reply| reply["msg"]["broadcastId"].as_u64()).max().unwrap();
+    let mut device = Device::new(&app, "web");
+    let url = node.device_url();
+    let nodes = format!("{}{{{}}}:nodes", stack.prefix, app.key);
+    let publishing = async {
+        let leased = async || match Redis::shared().command(&["ZCARD", &nodes]).as_str() {
+            "1" => Ok(()),
+            count => Err(count.to_owned()),
+        };
+        until("leased", SOON, leased).await;
+        replies.extend(amqp.burst(&requests[30..]).await);
+        let arrived = async || match node.metric("broadcastd_envelopes_total").await {
+            100.0 => Ok(()),
+            count => Err(count),
+        };
+        until("on the node", SOON, arrived).await;
+        assert_eq!(node.metric("broadcastd_logins_total").await, 0.0, "the snapshot has not arrived yet");
+    };
+    tokio::join!(device.login(&url), publishing);
+    assert!(device.head() > head_before);
+    check(&mut device, &requests, &replies).await;
+    assert_eq!(node.metric("broadcastd_lost_envelopes_total").await, 0.0);
+    assert_eq!(node.metric("broadcastd_backfills_total").await, 0.0, "what was held back needs no look at the log");
+    amqp.accepted(&request(&app, "end")).await;
+    assert_eq!(device.contents_up_to("end").await, ["end"]);
 }
 
 /// Row 25, without a stop: first devices of many apps log in while a burst is being sent.
