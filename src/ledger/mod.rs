@@ -87,6 +87,8 @@ pub struct Snapshot {
     pub log: Vec<Stored>,
     /// All retained broadcasts that were valid, oldest first.
     pub retained: Vec<Stored>,
+    /// How many entries the log has ever had, those that it has let go included, if the ledger counts them.
+    pub logged: Option<u64>,
 }
 
 /// The answer to a lease renewal.

@@ -275,6 +275,7 @@ impl Ledger for FakeLedger {
                     generation: state.generation(),
                     log: chain.log.into_iter().filter(|stored| stored.envelope.id > after).collect(),
                     retained: chain.retained.into_iter().filter(|s| !s.envelope.expired(state.now_ms)).collect(),
+                    logged: None,
                 })
             })
         })

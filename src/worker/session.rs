@@ -147,7 +147,8 @@ async fn consume(
     Ok(())
 }
 
-/// What no call would tell: a connection that died while nothing was done on it, and a broker that takes no replies.
+/// What no call would tell: a connection that died while nothing was done on it, a broker that takes no replies, and a ledger
+/// that takes no requests.
 fn look_around(
     worker: &Worker,
     channel: &Channel,
@@ -162,6 +163,9 @@ fn look_around(
     }
     let state = if outbox.blocked() {
         Err("the broker takes no replies (resource alarm); requests are still decided".to_owned())
+    } else if worker.metrics.held.get() > 0 {
+        // The ledger's own health does not tell: one that refuses writes (full, read-only) answers every probe.
+        Err("the ledger refuses requests or does not answer; they are held".to_owned())
     } else {
         Ok(())
     };

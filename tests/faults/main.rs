@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
 mod flood;
+mod redis_away;
 mod rolling;
 #[path = "../support/mod.rs"]
 mod support;

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
 mod calls;
+mod clocks;
 mod cluster;
 mod commands;
 mod differential;
@@ -13,13 +14,16 @@ mod drain;
 mod embedded;
 mod end_to_end;
 mod faults;
+mod feed;
 mod hostile;
+mod opening;
+mod redis_away;
 mod requests;
 mod retained;
 mod selftest;
 mod settings;
 mod standalone;
 mod submitter;
+mod versions;
 #[path = "../support/mod.rs"]
 mod support;
-mod versions;

@@ -119,6 +119,12 @@ impl Process {
         self
     }
 
+    /// Gives it a system clock that is off by so many seconds.
+    pub fn clock_off(mut self, seconds: i64) -> Self {
+        self.environment.extend(super::clock::off(seconds));
+        self
+    }
+
     /// Adds arguments behind the role.
     pub fn arguments(mut self, arguments: &[&str]) -> Self {
         self.arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));
@@ -291,6 +297,20 @@ impl Process {
     /// SIGSTOP.
     pub fn pause(&self) {
         self.signal(Signal::STOP);
+    }
+
+    /// Waits until it stands still: by [`Process::pause`], or at a failpoint.
+    pub async fn wait_stopped(&self) {
+        let stat = format!("/proc/{}/stat", self.pid());
+        until("stopped", SOON, async || {
+            let stat = std::fs::read_to_string(&stat).map_err(|error| error.to_string())?;
+            // The state follows the program's name, which ends in the last parenthesis.
+            match stat.rsplit(") ").next().and_then(|rest| rest.chars().next()) {
+                Some('T') => Ok(()),
+                _ => Err(stat),
+            }
+        })
+        .await;
     }
 
     /// SIGCONT.

@@ -5,8 +5,10 @@
 pub mod audit;
 pub mod broadcastd;
 pub mod checker;
+pub mod clock;
 pub mod device;
 pub mod guard;
+pub mod load;
 pub mod ports;
 pub mod proxy;
 pub mod rabbitmq;

@@ -61,6 +61,11 @@ impl Redis {
         &self.folder
     }
 
+    /// What it has written to its log.
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(self.folder.join("output")).unwrap_or_default()
+    }
+
     /// Starts it and waits until it has loaded its data.
     pub fn start(&mut self) {
         self.start_without_waiting();

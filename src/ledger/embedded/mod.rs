@@ -223,7 +223,7 @@ impl Ledger for EmbeddedLedger {
                 Ok((read::head(view, app.as_str())?, read::snapshot(view, app.as_str(), after, now_ms)?))
             };
             let ((head, (log, retained)), now_ms) = self.read(take_lease, snapshot).await?;
-            Ok(Snapshot { now_ms, head, generation: self.generation(), log, retained })
+            Ok(Snapshot { now_ms, head, generation: self.generation(), log, retained, logged: None })
         })
     }
 

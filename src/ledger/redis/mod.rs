@@ -291,13 +291,14 @@ impl Ledger for RedisLedger {
                 [&node.0, lease.as_millis().to_string().as_str(), &after.to_string(), &JOIN_LOG.to_string()],
             );
             let value = self.run(&mut live, &self.scripts.join, &arguments).await?;
-            let (now_ms, head, log, retained): (u64, u64, Vec<Vec<u8>>, Vec<Vec<u8>>) = read(value)?;
+            let (now_ms, head, log, retained, logged): (u64, u64, Vec<Vec<u8>>, Vec<Vec<u8>>, i64) = read(value)?;
             Ok(Snapshot {
                 now_ms,
                 head,
                 generation: live.generation,
                 log: stored(app, log),
                 retained: stored(app, retained),
+                logged: u64::try_from(logged).ok(),
             })
         }
         .boxed()

@@ -225,7 +225,7 @@ impl State {
             log.drain(..log.len().saturating_sub(1000));
         }
         let retained = app.retained.values().filter(|(until, _)| *until > now_ms).map(|(_, raw)| stored(raw)).collect();
-        Snapshot { now_ms, head, generation, log, retained }
+        Snapshot { now_ms, head, generation, log, retained, logged: None }
     }
 }
 
