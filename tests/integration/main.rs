@@ -10,6 +10,7 @@ mod commands;
 mod differential;
 mod drain;
 mod end_to_end;
+mod failover;
 mod faults;
 mod hostile;
 mod requests;

@@ -11,6 +11,7 @@ pub mod proxy;
 pub mod rabbitmq;
 pub mod redis;
 pub mod sender;
+pub mod sentinel;
 pub mod stack;
 
 use std::fmt::Display;
