@@ -236,7 +236,8 @@ impl Watched {
     /// To its Sentinels and its replica the master is gone; to everyone else it is as before.
     fn cut_off(&self) {
         for user in ["sentinel", "replica"] {
-            self.master.command(&["ACL", "SETUSER", user, "off"]);
+            // Not "off": who cannot log in is the default user, who may do everything.
+            self.master.command(&["ACL", "SETUSER", user, "-@all"]);
             self.master.command(&["CLIENT", "KILL", "USER", user]);
         }
     }
@@ -361,7 +362,8 @@ async fn a_master_that_is_cut_off_is_left_within_seconds() {
     })
     .await;
     let after = requests(&app, "after", 10);
-    send(&amqp, &mut checker, &after).await;
+    // In turn: the last one is the last to arrive.
+    send_in_turn(&amqp, &mut checker, &after).await;
     assert_eq!(Watched::head(&watched.master, &stack, &app), old_head, "nothing more is written to the old one");
     let last = after.last().unwrap()["body"].as_str().unwrap();
     device.contents_up_to(last).await;

@@ -17,6 +17,7 @@ mod requests;
 mod retained;
 mod selftest;
 mod settings;
+mod slots;
 mod standalone;
 mod submitter;
 #[path = "../support/mod.rs"]

@@ -1,0 +1,142 @@
+//! Redis Cluster in motion: a slot that moves under load, and a master that comes back without what it wrote last.
+
+use serde_json::Value;
+
+use crate::support::broadcastd::{App, Process};
+use crate::support::checker::{Checker, Must};
+use crate::support::device::Device;
+use crate::support::rabbitmq::RabbitMq;
+use crate::support::redis::{Move, RedisCluster};
+use crate::support::sender::{request, retained};
+use crate::support::stack::Stack;
+use crate::support::{SOON, now_ms, until};
+
+/// Every third is retained.
+fn requests(app: &App, what: &str, count: usize) -> Vec<Value> {
+    let one = |number: usize| {
+        let body = format!("{what} {number}");
+        if number.is_multiple_of(3) { retained(app, &body) } else { request(app, &body) }
+    };
+    (0..count).map(one).collect()
+}
+
+fn stack(cluster: &RedisCluster, app: &App) -> Stack {
+    let mut stack = Stack::on(&RabbitMq::shared().vhost().url, &cluster.url(), std::slice::from_ref(app));
+    stack.redis_mode = "cluster".to_owned();
+    stack
+}
+
+async fn held(worker: &Process) {
+    until("held requests", SOON, async || match worker.metric("broadcastd_requests_held").await {
+        0.0 => Err(0.0),
+        _ => Ok(()),
+    })
+    .await;
+}
+
+/// The scripts' keys are on two masters for a while: held, not dead-lettered. The sharded subscription follows the slot.
+#[tokio::test]
+async fn a_slot_that_moves_under_load_loses_and_doubles_nothing() {
+    let app = App::unlimited();
+    let cluster = RedisCluster::start();
+    let stack = stack(&cluster, &app);
+    // Renewals find what a subscription misses; here they would hide that it did not follow.
+    let node =
+        async { stack.role("node").with("node.renew_seconds", "300").with("node.lease_seconds", "1000").start().await };
+    let (mut worker, node) = tokio::join!(stack.worker(), node);
+    let mut device = Device::online(&app, "web", &node.device_url()).await;
+    let amqp = stack.amqp().await;
+    let mut checker = Checker::default();
+    let before = requests(&app, "before", 30);
+    let replies = amqp.burst(&before).await;
+    checker.all_accepted(&before, &replies);
+
+    let slot = cluster.slot(&app.key);
+    let (from, mut sent) = (cluster.owner(slot), before.len());
+    // There, on, and back: each master is met as the old one, and as the new one.
+    for to in [(from + 1) % 3, (from + 2) % 3, from] {
+        let (under_way, between) =
+            (requests(&app, &format!("to {to}"), 30), requests(&app, &format!("half at {to}"), 15));
+        let moving = async {
+            until("load", SOON, async || if amqp.replies() > sent { Ok(()) } else { Err("none") }).await;
+            let moving = Move::begin(&cluster, slot, to);
+            moving.keys(10);
+            let finishing = async {
+                held(&worker).await;
+                moving.finish();
+            };
+            tokio::join!(amqp.burst(&between), finishing).0
+        };
+        let (replies, replies_between) = tokio::join!(amqp.burst(&under_way), moving);
+        checker.all_accepted(&under_way, &replies);
+        checker.all_accepted(&between, &replies_between);
+        sent += under_way.len() + between.len();
+        device.collect(sent, SOON).await;
+        let after = requests(&app, &format!("at {to}"), 6);
+        let replies = amqp.burst(&after).await;
+        checker.all_accepted(&after, &replies);
+        sent += after.len();
+        device.collect(sent, SOON).await;
+        assert_eq!(cluster.owner(slot), to);
+    }
+    worker.wait_ready().await;
+    checker.device(device.history(), Must::Everything, 0).unwrap();
+    let other_node = stack.node().await;
+    let joined_ms = now_ms();
+    let mut late = Device::online(&app, "ios", &other_node.device_url()).await;
+    late.collect(device.history().iter().filter(|had| is_retained(&had.content)).count(), SOON).await;
+    checker.device(late.history(), Must::RetainedUpTo(late.head()), joined_ms).unwrap();
+    assert_eq!(amqp.ready("broadcast.dead").await, 0);
+    // Nothing was lost, so nothing is to be made up for: ids have not jumped, nothing was written back.
+    assert_eq!(node.metric("broadcastd_restored_total").await, 0.0);
+    assert_eq!(node.metric("broadcastd_lost_envelopes_total").await, 0.0);
+}
+
+fn is_retained(content: &str) -> bool {
+    content.rsplit(' ').next().unwrap().parse::<usize>().unwrap().is_multiple_of(3)
+}
+
+/// Row 19 in a cluster, whose connection reconnects behind the worker's back: the master is back before anyone has asked whether
+/// it is still the one that it was.
+#[tokio::test]
+async fn a_cluster_master_back_without_its_tail_before_anyone_notices() {
+    let app = App::unlimited();
+    let mut cluster = RedisCluster::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let stack = stack(&cluster, &app);
+    let (worker, node) = tokio::join!(stack.worker(), stack.node());
+    let mut device = Device::online(&app, "web", &node.device_url()).await;
+    let amqp = stack.amqp().await;
+    let mut checker = Checker::default();
+    let owner = cluster.owner(cluster.slot(&app.key));
+    let file = cluster.masters()[owner].folder().join("appendonlydir/appendonly.aof.1.incr.aof");
+    let kept = requests(&app, "kept", 9);
+    let replies = amqp.burst(&kept).await;
+    checker.all_accepted(&kept, &replies);
+    let length = std::fs::metadata(&file).unwrap().len();
+    let lost = requests(&app, "lost", 9);
+    let replies = amqp.burst(&lost).await;
+    checker.all_accepted(&lost, &replies);
+    device.collect(18, SOON).await;
+
+    // Neither role gets to see it away; the node cannot tell what was lost before the worker goes on.
+    worker.pause();
+    node.pause();
+    let master = &mut cluster.masters_mut()[owner];
+    master.kill();
+    std::fs::File::options().write(true).open(&file).unwrap().set_len(length).unwrap();
+    master.start();
+    until("the cluster whole", SOON, async || match cluster.masters()[owner].command(&["CLUSTER", "INFO"]) {
+        info if info.contains("cluster_state:ok") => Ok(()),
+        info => Err(info),
+    })
+    .await;
+    let after = requests(&app, "after", 9);
+    let (replies, ()) = tokio::join!(amqp.burst(&after), async {
+        worker.resume();
+        until("an answer", SOON, async || if amqp.replies() > 18 { Ok(()) } else { Err("none") }).await;
+        node.resume();
+    });
+    checker.all_accepted(&after, &replies);
+    device.collect(27, SOON).await;
+    checker.device(device.history(), Must::Everything, 0).unwrap();
+}
