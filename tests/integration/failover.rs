@@ -385,7 +385,7 @@ async fn a_master_that_is_cut_off_is_left_within_seconds() {
 /// the promoted one does not have.
 #[tokio::test]
 async fn a_master_that_is_cut_off_accepts_nothing_with_min_replicas() {
-    let watched = Watched::start(&["--min-replicas-to-write", "1", "--min-replicas-max-lag", "2"], None);
+    let watched = Watched::start(&["--min-replicas-to-write", "1", "--min-replicas-max-lag", "3"], None);
     let (app, stack) = (watched.app.clone(), watched.stack.clone());
     let (_worker, node) = tokio::join!(stack.worker(), stack.node());
     let mut device = Device::online(&app, "web", &node.device_url()).await;

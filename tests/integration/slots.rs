@@ -21,7 +21,7 @@ fn requests(app: &App, what: &str, count: usize) -> Vec<Value> {
 }
 
 fn stack(cluster: &RedisCluster, app: &App) -> Stack {
-    let mut stack = Stack::on(&RabbitMq::shared().vhost().url, &cluster.url(), std::slice::from_ref(app));
+    let mut stack = Stack::on(&RabbitMq::shared().vhost().url, &cluster.urls(), std::slice::from_ref(app));
     stack.redis_mode = "cluster".to_owned();
     stack
 }
@@ -139,4 +139,52 @@ async fn a_cluster_master_back_without_its_tail_before_anyone_notices() {
     checker.all_accepted(&after, &replies);
     device.collect(27, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
+}
+
+/// Row 20 in a cluster: the cluster itself promotes a replica that is behind.
+#[tokio::test]
+async fn a_cluster_replica_promoted_while_behind() {
+    let app = App::unlimited();
+    let mut cluster = RedisCluster::start();
+    let owner = cluster.owner(cluster.slot(&app.key));
+    let replica = cluster.replica(owner);
+    let stack = stack(&cluster, &app);
+    let (mut worker, mut node) = tokio::join!(stack.worker(), stack.node());
+    let mut device = Device::online(&app, "web", &node.device_url()).await;
+    let amqp = stack.amqp().await;
+    let mut checker = Checker::default();
+    let kept = requests(&app, "kept", 9);
+    let replies = amqp.burst(&kept).await;
+    checker.all_accepted(&kept, &replies);
+    until("replicated", SOON, async || match replica.command(&["DBSIZE"]) {
+        size if size == cluster.masters()[owner].command(&["DBSIZE"]) => Ok(()),
+        size => Err(size),
+    })
+    .await;
+    replica.pause();
+    cluster.masters()[owner].command(&["CLIENT", "KILL", "TYPE", "replica"]);
+    let lost = requests(&app, "lost", 9);
+    let replies = amqp.burst(&lost).await;
+    checker.all_accepted(&lost, &replies);
+    device.collect(18, SOON).await;
+    cluster.masters_mut()[owner].kill();
+    replica.resume();
+    let after = requests(&app, "after", 9);
+    let replies = amqp.burst(&after).await;
+    checker.all_accepted(&after, &replies);
+    tokio::join!(worker.wait_ready(), node.wait_ready());
+    assert!(replica.command(&["INFO", "replication"]).contains("role:master"));
+    device.collect(27, SOON).await;
+    checker.device(device.history(), Must::Everything, 0).unwrap();
+    until("what was lost, written back", SOON, async || match node.metric("broadcastd_restored_total").await {
+        3.0 => Ok(()),
+        restored => Err(restored),
+    })
+    .await;
+    let other_node = stack.node().await;
+    let joined_ms = now_ms();
+    let mut late = Device::online(&app, "ios", &other_node.device_url()).await;
+    late.collect(9, SOON).await;
+    checker.device(late.history(), Must::RetainedUpTo(late.head()), joined_ms).unwrap();
+    assert_eq!(amqp.ready("broadcast.dead").await, 0);
 }

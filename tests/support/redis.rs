@@ -170,6 +170,27 @@ impl RedisCluster {
         self.masters[0].url()
     }
 
+    /// The addresses of all its masters, for `redis.url`.
+    pub fn urls(&self) -> String {
+        self.masters.iter().map(Redis::url).collect::<Vec<_>>().join(",")
+    }
+
+    /// Adds a replica of one of the masters, caught up with it.
+    pub fn replica(&self, of: usize) -> Redis {
+        let replica = cluster_server(&[]);
+        let master = &self.masters[of];
+        let known = format!("127.0.0.1:{}", master.port);
+        let (new, id) = (format!("127.0.0.1:{}", replica.port), master.command(&["CLUSTER", "MYID"]));
+        let add = ["--cluster", "add-node", &new, &known, "--cluster-slave", "--cluster-master-id", &id];
+        let output = Command::new("redis-cli").args(add).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        until_blocking("a replica", SOON, || match replica.try_command(&["INFO", "replication"])? {
+            info if info.contains("master_link_status:up") => Ok(()),
+            info => Err(info),
+        });
+        replica
+    }
+
     /// Its masters.
     pub fn masters(&self) -> &[Redis] {
         &self.masters
