@@ -95,6 +95,12 @@ impl Process {
         self
     }
 
+    /// Switches points of `src/failpoint.rs` on.
+    pub fn failpoints(mut self, text: &str) -> Self {
+        self.environment.insert("FAILPOINTS".to_owned(), text.to_owned());
+        self
+    }
+
     /// Adds arguments behind the role.
     pub fn arguments(mut self, arguments: &[&str]) -> Self {
         self.arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));

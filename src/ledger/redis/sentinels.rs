@@ -115,7 +115,7 @@ pub(super) fn at(info: &ConnectionInfo, (host, port): &Address) -> ConnectionInf
             insecure: *insecure,
             tls_params: tls_params.clone(),
         },
-        ConnectionAddr::Tcp(..) | ConnectionAddr::Unix(_) | _ => ConnectionAddr::Tcp(host.clone(), *port),
+        _ => ConnectionAddr::Tcp(host.clone(), *port),
     };
     info.clone().set_addr(address)
 }
