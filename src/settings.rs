@@ -129,6 +129,11 @@ impl Settings {
         if !settings.redis.url_file.is_empty() {
             settings.redis.url = secret_from("redis.url_file", Path::new(&settings.redis.url_file))?;
         }
+        let redis = &mut settings.redis;
+        if !redis.sentinel_password_file.is_empty() {
+            let file = Path::new(&redis.sentinel_password_file);
+            redis.sentinel_password = secret_from("redis.sentinel_password_file", file)?;
+        }
         if !settings.apps_file.is_empty() {
             let file = File::new(&settings.apps_file, FileFormat::Toml);
             let more: AppsFile =
@@ -267,6 +272,7 @@ pub fn effective(sources: &Sources) -> Result<String, SettingsError> {
 fn line(key: &str, value: Value, default: Option<Value>) -> String {
     let text = match (&value.kind, default.map(|default| default.kind)) {
         (_, _) if key == "secret" => "\"[redacted]\"".to_owned(),
+        (ValueKind::String(text), _) if key.ends_with("password") && !text.is_empty() => "\"[redacted]\"".to_owned(),
         (ValueKind::String(url), _) if key == "url" => format!("{:?}", redact(url)),
         (ValueKind::String(text), Some(ValueKind::I64(_) | ValueKind::Boolean(_))) => text.clone(),
         (ValueKind::String(text), _) => format!("{text:?}"),

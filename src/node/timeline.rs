@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::entry::Entry;
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::Platform;
-use crate::broadcast::retention::Retained;
+use crate::broadcast::retention::{MAX_RETAINED, Retained};
 
 /// How much of the latest is kept for devices that fall behind or come back. Both limits hold; the newest entry always stays.
 #[derive(Debug, Clone, Copy)]
@@ -134,6 +134,17 @@ impl Timeline {
         } else {
             Fit::Next
         }
+    }
+
+    /// Whether a known envelope is a retained one that is not held here: another node has written it back.
+    #[must_use]
+    pub fn lacks(&self, id: BroadcastId, expires_ms: u64, now_ms: u64) -> bool {
+        let mut from = self.retained.after(id.saturating_sub(1), now_ms).map(|(held, _)| held);
+        id <= self.last
+            && expires_ms > now_ms
+            && from.next() != Some(id)
+            && from.count() + 1 < MAX_RETAINED
+            && !self.recalled().contains(&id)
     }
 
     /// Appends an entry whose id is above [`Timeline::last`]; one that is not changes nothing.

@@ -15,6 +15,7 @@ pub mod rabbitmq;
 pub mod redis;
 pub mod resources;
 pub mod sender;
+pub mod sentinel;
 pub mod stack;
 pub mod stored;
 

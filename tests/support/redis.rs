@@ -121,6 +121,14 @@ fn redis_cli(port: u16, command: &[&str]) -> Result<String, String> {
     if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
 }
 
+/// A server that is to be part of a cluster.
+fn cluster_server(arguments: &[&str]) -> Redis {
+    // The default cluster port is the port + 10000, which may not be free.
+    let bus = ports::free().to_string();
+    let in_cluster = ["--cluster-enabled", "yes", "--cluster-port", &bus, "--cluster-node-timeout", "2000"];
+    Redis::dedicated(&[&in_cluster, arguments].concat())
+}
+
 /// A Redis Cluster of three masters.
 #[derive(Debug)]
 pub struct RedisCluster {
@@ -137,20 +145,12 @@ impl RedisCluster {
 
     /// Starts one and waits until every master knows all slots to be served.
     pub fn start() -> Self {
-        let masters: Vec<Redis> = (0..3)
-            .map(|_| {
-                let bus = ports::free().to_string();
-                // The default cluster port is the port + 10000, which may not be free.
-                Redis::dedicated(&[
-                    "--cluster-enabled",
-                    "yes",
-                    "--cluster-port",
-                    &bus,
-                    "--cluster-node-timeout",
-                    "2000",
-                ])
-            })
-            .collect();
+        Self::start_with(&[])
+    }
+
+    /// The same, of servers with these arguments.
+    pub fn start_with(arguments: &[&str]) -> Self {
+        let masters: Vec<Redis> = (0..3).map(|_| cluster_server(arguments)).collect();
         let addresses: Vec<String> = masters.iter().map(|master| format!("127.0.0.1:{}", master.port)).collect();
         let mut create = vec!["--cluster", "create"];
         create.extend(addresses.iter().map(String::as_str));
@@ -175,8 +175,96 @@ impl RedisCluster {
         self.masters[0].url()
     }
 
+    /// The addresses of all its masters, for `redis.url`.
+    pub fn urls(&self) -> String {
+        self.masters.iter().map(Redis::url).collect::<Vec<_>>().join(",")
+    }
+
+    /// Adds a replica of one of the masters, caught up with it.
+    pub fn replica(&self, of: usize) -> Redis {
+        let replica = cluster_server(&[]);
+        let master = &self.masters[of];
+        let known = format!("127.0.0.1:{}", master.port);
+        let (new, id) = (format!("127.0.0.1:{}", replica.port), master.command(&["CLUSTER", "MYID"]));
+        let add = ["--cluster", "add-node", &new, &known, "--cluster-slave", "--cluster-master-id", &id];
+        let output = Command::new("redis-cli").args(add).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        until_blocking("a replica", SOON, || match replica.try_command(&["INFO", "replication"])? {
+            info if info.contains("master_link_status:up") => Ok(()),
+            info => Err(info),
+        });
+        replica
+    }
+
     /// Its masters.
     pub fn masters(&self) -> &[Redis] {
         &self.masters
+    }
+    /// The same, to kill and start them.
+    pub fn masters_mut(&mut self) -> &mut [Redis] {
+        &mut self.masters
+    }
+
+    /// Which slot the keys of `tag` are in.
+    pub fn slot(&self, tag: &str) -> u32 {
+        self.masters[0].command(&["CLUSTER", "KEYSLOT", &format!("{{{tag}}}")]).parse().unwrap()
+    }
+
+    /// Which of the masters serves a slot, by its own account.
+    pub fn owner(&self, slot: u32) -> usize {
+        let serves = |master: &Redis| {
+            let nodes = master.command(&["CLUSTER", "NODES"]);
+            let myself = nodes.lines().find(|line| line.contains("myself")).unwrap().to_owned();
+            // A slot that is on its way is in brackets.
+            myself.split(' ').skip(8).filter(|range| !range.starts_with('[')).any(|range| {
+                let (first, last) = range.split_once('-').unwrap_or((range, range));
+                (first.parse::<u32>().unwrap()..=last.parse().unwrap()).contains(&slot)
+            })
+        };
+        self.masters.iter().position(serves).expect("a master serves it")
+    }
+}
+
+/// A slot on its way from one master to another.
+#[derive(Debug)]
+pub struct Move<'a> {
+    cluster: &'a RedisCluster,
+    slot: String,
+    from: usize,
+    to: usize,
+}
+
+impl<'a> Move<'a> {
+    /// From here on the old master sends those who ask for a key that it has not to the new one.
+    pub fn begin(cluster: &'a RedisCluster, slot: u32, to: usize) -> Self {
+        let this = Self { cluster, slot: slot.to_string(), from: cluster.owner(slot), to };
+        assert_ne!(this.from, this.to);
+        let id = |master: usize| cluster.masters[master].command(&["CLUSTER", "MYID"]);
+        cluster.masters[to].command(&["CLUSTER", "SETSLOT", &this.slot, "IMPORTING", &id(this.from)]);
+        cluster.masters[this.from].command(&["CLUSTER", "SETSLOT", &this.slot, "MIGRATING", &id(to)]);
+        this
+    }
+
+    /// Moves so many of its keys at the most; returns how many are left.
+    pub fn keys(&self, most: usize) -> usize {
+        let from = &self.cluster.masters[self.from];
+        let keys = from.command(&["CLUSTER", "GETKEYSINSLOT", &self.slot, &most.to_string()]);
+        if !keys.is_empty() {
+            let port = self.cluster.masters[self.to].port.to_string();
+            let mut migrate = vec!["MIGRATE", "127.0.0.1", &port, "", "0", "5000", "KEYS"];
+            migrate.extend(keys.lines());
+            from.command(&migrate);
+        }
+        from.command(&["CLUSTER", "COUNTKEYSINSLOT", &self.slot]).parse().unwrap()
+    }
+
+    /// Moves the rest, and has the new master serve it.
+    pub fn finish(self) {
+        while self.keys(100) > 0 {}
+        let id = self.cluster.masters[self.to].command(&["CLUSTER", "MYID"]);
+        // The new one first: nobody may be sent to one that does not know.
+        for master in [self.to, self.from].into_iter().chain((0..3).filter(|at| ![self.to, self.from].contains(at))) {
+            self.cluster.masters[master].command(&["CLUSTER", "SETSLOT", &self.slot, "NODE", &id]);
+        }
     }
 }

@@ -111,6 +111,10 @@ impl App {
     pub fn receive(&mut self, envelope: Envelope, raw: Arc<[u8]>, shards: u32, now_ms: u64) -> Change {
         let fit = self.timeline.as_ref().map(|timeline| timeline.fit(envelope.id, envelope.prev));
         match (fit, &mut self.timeline) {
+            // Written back by another node: the ledger has it, and perhaps more.
+            (Some(Fit::Known), Some(timeline)) if timeline.lacks(envelope.id, envelope.expires_ms, now_ms) => {
+                Change::Gap
+            }
             (Some(Fit::Known), _) => Change::None,
             (Some(Fit::Next), Some(timeline)) => {
                 let entry = Arc::new(Entry::new(envelope, &raw, shards));
@@ -306,6 +310,21 @@ mod tests {
         app.start_reading();
         let (_, result) = app.take(Snapshot { logged: Some(29), ..snapshot(52, &[(52, 51)]) }, BOUNDS, 1);
         assert_eq!(result.lost, 0, "counted once");
+    }
+
+    #[test]
+    fn what_another_node_wrote_back_is_read_for_once() {
+        let mut app = open();
+        let raw = envelope::broadcast(7, 3, NOW, NOW + 60_000, r#""requestId":"r","body":"b"}"#);
+        let raw: Arc<[u8]> = raw.into_bytes().into();
+        let retained = Stored { envelope: Envelope::read(&raw).unwrap(), raw };
+        let publish = |app: &mut App| app.receive(retained.envelope.clone(), retained.raw.clone(), 1, NOW);
+        assert!(matches!(publish(&mut app), Change::Gap));
+        assert!(matches!(receive(&mut app, 8, 7), Change::None), "one for online devices only is not there to be read");
+        app.start_reading();
+        let (update, result) = app.take(Snapshot { retained: vec![retained.clone()], ..snapshot(10, &[]) }, BOUNDS, 1);
+        assert!(matches!(update, Update::Replace(_)) && result.lost == 0);
+        assert!(matches!(publish(&mut app), Change::None));
     }
 
     #[test]
