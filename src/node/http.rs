@@ -43,6 +43,8 @@ pub enum Refusal {
     TooLarge,
     /// No room for another connection.
     Busy,
+    /// No room for another connection from this address.
+    TooMany,
 }
 
 impl Refusal {
@@ -63,6 +65,9 @@ impl Refusal {
             Self::Busy => {
                 "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
             }
+            Self::TooMany => {
+                "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 10\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            }
         }
     }
 
@@ -76,6 +81,7 @@ impl Refusal {
             Self::UpgradeRequired => "no_upgrade",
             Self::TooLarge => "head_too_large",
             Self::Busy => "busy",
+            Self::TooMany => "address_full",
         }
     }
 }

@@ -3,5 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
+mod devices;
+mod storm;
 #[path = "../support/mod.rs"]
 mod support;

@@ -5,6 +5,7 @@
 pub mod broadcastd;
 pub mod checker;
 pub mod device;
+pub mod fleet;
 pub mod guard;
 pub mod ports;
 pub mod proxy;
