@@ -119,10 +119,12 @@ pub fn read_head(bytes: &[u8], allowed_origins: &[String]) -> Head {
     {
         return Head::Refused(Refusal::UpgradeRequired);
     }
-    if let Some(origin) = header("origin")
-        && !allowed_origins.is_empty()
-        && !allowed_origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
-    {
+    // Each of them, readable or not: nobody has two, and the first need not be the one that counts.
+    let mut origins = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("origin"));
+    let is_allowed = |origin: &[u8]| {
+        allowed_origins.iter().any(|allowed| allowed.as_bytes().eq_ignore_ascii_case(origin.trim_ascii()))
+    };
+    if !allowed_origins.is_empty() && !origins.all(|header| is_allowed(header.value)) {
         return Head::Refused(Refusal::Forbidden);
     }
     let hosts = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("host")).count();

@@ -168,7 +168,7 @@ async fn a_thousand_devices_that_stop_reading_cost_the_others_and_the_memory_lit
     );
     // A queue each would hold 400 KiB a device; here it is the frames themselves, once, and what the allocator rounds up.
     assert!(later < stalled + 2 * 1024, "{stalled} KiB grew to {later} KiB");
-    assert!(meanwhile <= before * 2 + 20, "{before} ms became {meanwhile} ms");
+    assert!(meanwhile <= before * 3 + 50, "{before} ms became {meanwhile} ms");
     assert_eq!(sleepers.count(|record| record.history.len() > 60), 0, "they do read");
 
     sleepers.read_on();

@@ -10,12 +10,14 @@ mod commands;
 mod differential;
 mod drain;
 mod end_to_end;
+mod expiry;
 mod faults;
 mod hostile;
 mod requests;
 mod retained;
 mod selftest;
 mod settings;
+mod sockets;
 mod standalone;
 mod submitter;
 #[path = "../support/mod.rs"]

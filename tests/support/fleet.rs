@@ -348,7 +348,8 @@ impl Client {
     }
 }
 
-const HANDSHAKE: &[u8] = b"GET /ws HTTP/1.1\r\nHost: broadcastd\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+/// A request for the upgrade.
+pub const HANDSHAKE: &[u8] = b"GET /ws HTTP/1.1\r\nHost: broadcastd\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
     Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
 
 /// Reads what is there. Not async, so that the buffer is on the thread's stack and not in every device's task.
