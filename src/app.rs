@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use socket2::SockRef;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -269,6 +270,8 @@ fn survive_the_file_size_limit() -> anyhow::Result<()> {
     let _ = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?;
     Ok(())
 }
+/// How many connections may wait to be accepted; the system caps it (`net.core.somaxconn`, usually 4096).
+const BACKLOG: i32 = 65_535;
 
 /// Descriptors that are not for devices: listeners, Redis, files, HTTP.
 const RESERVED_DESCRIPTORS: u64 = 256;
@@ -301,6 +304,10 @@ fn bind(address: SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {
     let listener = TcpListener::bind(address).map_err(|error| {
         anyhow!("cannot listen on {address}: {error}; free the port or choose another with --set {setting}=HOST:PORT")
     })?;
+    // The standard library asks for 128: of a storm all but those would be left to their system's retries, seconds apart.
+    if let Err(error) = SockRef::from(&listener).listen(BACKLOG) {
+        tracing::warn!(%error, "the listen queue stays short");
+    }
     listener.set_nonblocking(true)?;
     Ok(listener)
 }

@@ -63,5 +63,18 @@ fn act(action: &str, subject: &str) -> bool {
     };
     // To oneself it always may be sent; SIGKILL does not return.
     let _ = kill_process(getpid(), signal);
+    // SIGSTOP is taken by whichever thread comes by first; this one is not to go past the point before all of them stand.
+    while signal == Signal::STOP && is_pending(signal) {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
     false
+}
+
+/// Whether the signal was sent to this process and no thread has taken it yet.
+#[cfg(debug_assertions)]
+fn is_pending(signal: rustix::process::Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"));
+    let pending = pending.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    pending >> (signal.as_raw() - 1) & 1 == 1
 }

@@ -43,6 +43,8 @@ pub enum Refusal {
     TooLarge,
     /// No room for another connection.
     Busy,
+    /// No room for another connection from this address.
+    TooMany,
 }
 
 impl Refusal {
@@ -63,6 +65,9 @@ impl Refusal {
             Self::Busy => {
                 "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
             }
+            Self::TooMany => {
+                "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 10\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            }
         }
     }
 
@@ -76,6 +81,7 @@ impl Refusal {
             Self::UpgradeRequired => "no_upgrade",
             Self::TooLarge => "head_too_large",
             Self::Busy => "busy",
+            Self::TooMany => "address_full",
         }
     }
 }
@@ -113,10 +119,12 @@ pub fn read_head(bytes: &[u8], allowed_origins: &[String]) -> Head {
     {
         return Head::Refused(Refusal::UpgradeRequired);
     }
-    if let Some(origin) = header("origin")
-        && !allowed_origins.is_empty()
-        && !allowed_origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
-    {
+    // Each of them, readable or not: nobody has two, and the first need not be the one that counts.
+    let mut origins = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("origin"));
+    let is_allowed = |origin: &[u8]| {
+        allowed_origins.iter().any(|allowed| allowed.as_bytes().eq_ignore_ascii_case(origin.trim_ascii()))
+    };
+    if !allowed_origins.is_empty() && !origins.all(|header| is_allowed(header.value)) {
         return Head::Refused(Refusal::Forbidden);
     }
     let hosts = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("host")).count();

@@ -153,6 +153,11 @@ impl Checker {
         self.accepted.len()
     }
 
+    /// The ids of all that were accepted, ascending, and until when each is valid (milliseconds since the Unix epoch).
+    pub fn ids(&self) -> Vec<(u64, Option<u64>)> {
+        self.by_id.iter().map(|(id, request_id)| (*id, self.accepted[request_id].expires_ms)).collect()
+    }
+
     /// I2: every request ended.
     pub fn every_request_ended(&self) -> Result<(), String> {
         let open: Vec<&String> = self.sent.difference(&self.ended).take(10).collect();
@@ -290,6 +295,7 @@ impl Checker {
                     if arrival.content != accepted.body {
                         return Err(format!("{request_id} (id {id}) arrived with another content"));
                     }
+                    // When the test read it, which says little of when it was sent: row 32 has tests that know that.
                     if accepted.expires_ms.is_some_and(|until| arrival.arrived_ms > until + MARGIN_MS) {
                         return Err(format!("{request_id} (id {id}) arrived after it had expired"));
                     }

@@ -7,6 +7,7 @@ pub mod broadcastd;
 pub mod checker;
 pub mod clock;
 pub mod device;
+pub mod fleet;
 pub mod guard;
 pub mod load;
 pub mod ports;

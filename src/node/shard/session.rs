@@ -8,6 +8,8 @@ use mio::{Interest, Registry, Token};
 
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::Platform;
+use crate::node::caps::Permit;
+use crate::node::clock::LedgerClock;
 use crate::node::codec::Decoder;
 use crate::node::entry::Entry;
 use crate::node::login::AppIndex;
@@ -37,6 +39,8 @@ pub enum State {
 /// A connection. Small: there may be a million of them, nearly all idle.
 pub struct Session {
     pub socket: TcpStream,
+    /// Its place among all connections, for as long as it is one.
+    _permit: Permit,
     /// Tells it from an earlier connection in the same place.
     pub generation: u32,
     /// Its app, once logged in.
@@ -83,9 +87,10 @@ pub enum Written {
 }
 
 impl Session {
-    pub const fn new(socket: TcpStream, generation: u32) -> Self {
+    pub const fn new(socket: TcpStream, permit: Permit, generation: u32) -> Self {
         Self {
             socket,
+            _permit: permit,
             generation,
             app: AppIndex::MAX,
             place: 0,
@@ -122,11 +127,17 @@ impl Session {
     }
 
     /// Sends what is waiting and then, if it is open, all of `timeline` after its cursor, until the socket takes no more.
-    /// Counts into `delivered` the broadcasts that went out whole.
+    /// Counts into `delivered` the broadcasts that went out whole. What has expired by the `clock` is left out, whenever that
+    /// happens; only a frame that was begun is finished.
     ///
     /// # Errors
     /// The connection is gone.
-    pub fn write(&mut self, timeline: Option<&Timeline>, now_ms: u64, delivered: &mut u64) -> io::Result<Written> {
+    pub fn write(
+        &mut self,
+        timeline: Option<&Timeline>,
+        clock: &LedgerClock,
+        delivered: &mut u64,
+    ) -> io::Result<Written> {
         let timeline = timeline.filter(|_| self.state == State::Open);
         loop {
             let mut slices = [IoSlice::new(&[]); SLICES];
@@ -144,7 +155,7 @@ impl Session {
             }
             let first = count;
             if let Some(timeline) = timeline {
-                for entry in timeline.after(self.reader(), now_ms).take(SLICES - first) {
+                for entry in timeline.after(self.reader(), clock.now_ms()).take(SLICES - first) {
                     slices[count] = IoSlice::new(&entry.frame);
                     entries[count] = Some(entry);
                     count += 1;

@@ -53,6 +53,8 @@ struct Batch {
     entries: Vec<Arc<Entry>>,
     /// Their frames in one piece; empty if it is one frame, or too much.
     joined: Vec<u8>,
+    /// When the first of them expires, and all must be put together anew; [`u64::MAX`] if none does.
+    expires_ms: u64,
     sessions: u32,
 }
 
@@ -67,7 +69,8 @@ impl Batch {
         } else {
             Vec::new()
         };
-        Self { cursor, platform, entries, joined, sessions: 0 }
+        let expires_ms = entries.iter().map(|entry| entry.expires_ms).filter(|at| *at != 0).min().unwrap_or(u64::MAX);
+        Self { cursor, platform, entries, joined, expires_ms, sessions: 0 }
     }
 
     /// What is sent in one piece, if anything is.
@@ -165,11 +168,10 @@ impl Shard {
 
     /// Visits up to [`SLICE`] sessions; returns whether all have been visited.
     fn sweep_slice(&mut self, app: AppIndex) -> bool {
-        let now_ms = self.shared.clock.now_ms();
         let mut batches: Vec<Batch> = Vec::new();
         for _ in 0..SLICE {
             let Some(token) = self.views.get_mut(app as usize).and_then(|view| view.members.visit()) else { break };
-            self.visit(app, token, now_ms, &mut batches);
+            self.visit(app, token, &mut batches);
         }
         for batch in batches {
             for entry in &batch.entries {
@@ -181,7 +183,7 @@ impl Shard {
     }
 
     /// Sends one session what it has not had.
-    fn visit(&mut self, app: AppIndex, token: Token, now_ms: u64, batches: &mut Vec<Batch>) {
+    fn visit(&mut self, app: AppIndex, token: Token, batches: &mut Vec<Batch>) {
         let Some(timeline) = self.views.get(app as usize).and_then(|view| view.timeline.as_ref()) else { return };
         let Some(session) =
             self.sessions.get_mut(key(token)).filter(|session| super::token(key(token), session.generation) == token)
@@ -206,7 +208,10 @@ impl Shard {
         // A flush either brings it up to date or leaves it behind.
         debug_assert!(session.outgoing.is_none() && session.cursor >= session.login_head);
         let (cursor, platform) = (session.cursor, session.platform);
-        let index = batches.iter().position(|batch| batch.cursor == cursor && batch.platform == platform);
+        // Looked at for each session: a slice may take long, or the whole process be held up in it.
+        let now_ms = self.shared.clock.now_ms();
+        let fits = |batch: &Batch| batch.cursor == cursor && batch.platform == platform && now_ms < batch.expires_ms;
+        let index = batches.iter().position(fits);
         let index = index.unwrap_or_else(|| {
             batches.push(Batch::new(timeline, cursor, platform, now_ms));
             batches.len() - 1
