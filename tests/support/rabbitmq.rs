@@ -7,12 +7,35 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use serde_json::{Value, json};
 
 use super::guard::{Guarded, folder};
 use super::{ports, unique, until_blocking};
 
 /// `guest:guest`, for basic authentication.
 const GUEST: &str = "Basic Z3Vlc3Q6Z3Vlc3Q=";
+
+/// What the tests themselves do, they do as this user, who may do everything.
+pub const ADMINISTRATOR: &str = "guest:guest";
+
+/// The users whose permissions `deploy/rabbitmq/README.md` writes down, with the passwords that they have here.
+pub const USERS: [(&str, &str); 3] = [("broadcastd", "broadcastd-password"), ("api", "api-password"), ("BACKEND", "backend-password")];
+
+/// The permissions of one of [`USERS`], as they are committed: configure, write, read.
+pub fn permissions(user: &str) -> [String; 3] {
+    let readme = include_str!("../../deploy/rabbitmq/README.md");
+    let command = format!("set_permissions -p broadcast {user} ");
+    let (_, rest) = readme.split_once(&command).unwrap_or_else(|| panic!("the README has no {command}"));
+    let quoted: Vec<&str> = rest.split("\n\n").next().unwrap().split('\'').skip(1).step_by(2).collect();
+    let [configure, write, read] = quoted[..] else { panic!("three patterns, not {quoted:?}") };
+    [configure, write, read].map(str::to_owned)
+}
+
+/// The same address as another user.
+pub fn as_user(url: &str, login: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap();
+    format!("{scheme}://{login}@{}", rest.rsplit_once('@').map_or(rest, |(_, host)| host))
+}
 
 /// An Erlang node takes 5 to 10 s to come up here, more when the machine is busy.
 const BOOT: Duration = Duration::from_secs(120);
@@ -68,12 +91,17 @@ impl RabbitMq {
         let environment = environment.map(|(key, value)| (key.to_owned(), value)).into();
         let mut rabbitmq = Self { port, management, folder, environment, process: None };
         rabbitmq.start();
+        for (user, password) in USERS {
+            rabbitmq.put(&format!("users/{user}"), &json!({ "password": password, "tags": "" }));
+            rabbitmq.permit("/", user, &permissions(user));
+        }
         rabbitmq
     }
 
-    /// The address of the vhost `/`. Prefer [`RabbitMq::vhost`].
+    /// The address of a vhost, for broadcastd: with the user of that name. Prefer [`RabbitMq::vhost`].
     pub fn url(&self, vhost: &str) -> String {
-        format!("amqp://guest:guest@127.0.0.1:{}/{}", self.port, vhost.replace('/', "%2f"))
+        let (user, password) = USERS[0];
+        format!("amqp://{user}:{password}@127.0.0.1:{}/{}", self.port, vhost.replace('/', "%2f"))
     }
 
     /// Its AMQP port on 127.0.0.1.
@@ -85,7 +113,22 @@ impl RabbitMq {
     pub fn vhost(&self) -> Vhost {
         let name = unique("v");
         self.management("PUT", &format!("vhosts/{name}")).unwrap();
+        for (user, _) in USERS {
+            self.permit(&name, user, &permissions(user));
+        }
         Vhost { url: self.url(&name), name }
+    }
+
+    /// Gives a user permissions in a vhost: configure, write, read.
+    pub fn permit(&self, vhost: &str, user: &str, [configure, write, read]: &[String; 3]) {
+        let path = format!("permissions/{}/{user}", vhost.replace('/', "%2f"));
+        self.put(&path, &json!({ "configure": configure, "write": write, "read": read }));
+    }
+
+    fn put(&self, path: &str, body: &Value) {
+        let url = format!("http://127.0.0.1:{}/api/{path}", self.management);
+        let put = ureq::put(&url).header("authorization", GUEST).content_type("application/json");
+        put.send(body.to_string()).unwrap();
     }
 
     /// Starts it and waits until it takes connections.
@@ -176,13 +219,13 @@ impl RabbitMq {
     }
 
     /// Asks the management API; its answer, or null where it has none.
-    pub fn management(&self, method: &str, path: &str) -> Result<serde_json::Value, String> {
+    pub fn management(&self, method: &str, path: &str) -> Result<Value, String> {
         let url = format!("http://127.0.0.1:{}/api/{path}", self.management);
         let request = ureq::http::Request::builder().method(method).uri(url).header("authorization", GUEST).body(());
         let mut response = ureq::run(request.unwrap()).map_err(|error| error.to_string())?;
         let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
         if text.is_empty() {
-            Ok(serde_json::Value::Null)
+            Ok(Value::Null)
         } else {
             serde_json::from_str(&text).map_err(|e| e.to_string())
         }
@@ -198,7 +241,7 @@ fn server_script() -> &'static str {
 /// A vhost.
 #[derive(Debug, Clone)]
 pub struct Vhost {
-    /// Its address, with user and password.
+    /// Its address, with broadcastd's user and password.
     pub url: String,
     /// Its name.
     pub name: String,

@@ -1,4 +1,5 @@
-//! Private Redis servers.
+//! Private Redis servers. Their users are those of `deploy/redis/users.acl`, under the prefixes of the tests; beside them the
+//! default user stays, without a password, for what the tests themselves do.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,6 +11,19 @@ use rustix::process::Signal;
 
 use super::guard::{Guarded, folder};
 use super::{SOON, ports, unique, until_blocking};
+
+/// The users as they are committed.
+const USERS: &str = include_str!("../../deploy/redis/users.acl");
+
+/// The user and password of `users.acl`.
+pub const LOGIN: &str = "broadcastd:change-me";
+
+/// `users.acl` for keys of this prefix; `*` at its end stands for all that begin so.
+pub fn users(prefix: &str) -> String {
+    let users = USERS.replace("~bc:*", &format!("~{prefix}")).replace("&bc:*", &format!("&{prefix}"));
+    assert_eq!(users.matches(prefix).count(), 2, "keys and channels of {USERS}");
+    users
+}
 
 /// One redis-server. It is killed when dropped.
 #[derive(Debug)]
@@ -37,6 +51,9 @@ impl Redis {
     pub fn dedicated(arguments: &[&str]) -> Self {
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let mut redis = Self { port: ports::free(), folder: folder("redis"), arguments, process: None };
+        // Only what is listed may log in, but for the tests' own tools: replicas and Sentinels come in by the default user too.
+        let users = users("t-*").replace("user default off", "user default on nopass ~* &* +@all");
+        std::fs::write(redis.folder.join("users.acl"), users).unwrap();
         redis.start();
         redis
     }
@@ -46,9 +63,9 @@ impl Redis {
         Self::dedicated(&["--appendonly", "yes", "--appendfsync", "everysec"])
     }
 
-    /// Its address.
+    /// Its address, for broadcastd: with the user of `users.acl`.
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+        format!("redis://{LOGIN}@127.0.0.1:{}", self.port)
     }
 
     /// Its port on 127.0.0.1.
@@ -72,7 +89,9 @@ impl Redis {
         assert!(self.process.is_none(), "it runs already");
         let port = self.port.to_string();
         let folder = self.folder.to_str().unwrap();
+        let users = self.folder.join("users.acl");
         let mut program = vec!["redis-server", "--port", &port, "--bind", "127.0.0.1", "--dir", folder, "--save", ""];
+        program.extend(["--aclfile", users.to_str().unwrap()]);
         program.extend(self.arguments.iter().map(String::as_str));
         self.process = Some(Guarded::spawn("redis", &program, &BTreeMap::new(), &self.folder.join("output")));
     }

@@ -17,6 +17,7 @@ use sha1::{Digest, Sha1};
 use tokio::sync::Notify;
 
 use super::broadcastd::App;
+use super::rabbitmq::{ADMINISTRATOR, as_user};
 use super::{SOON, now_ms, unique, until};
 
 /// A request as a backend writes it; add fields with `request["…"] = …`.
@@ -58,8 +59,13 @@ pub struct DeadLetter {
 }
 
 impl Amqp {
-    /// Connects, with a reply queue of its own.
+    /// Connects as the administrator, with a reply queue of its own.
     pub async fn connect(url: &str) -> Self {
+        Self::connect_as_given(&as_user(url, ADMINISTRATOR)).await
+    }
+
+    /// Connects as the user of the address, with a reply queue of its own.
+    pub async fn connect_as_given(url: &str) -> Self {
         let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
