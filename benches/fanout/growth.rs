@@ -31,6 +31,8 @@ pub async fn run() {
         sentinel_service: String::new(),
         key_prefix: prefix.clone(),
         ca_file: String::new(),
+        client_certificate_file: String::new(),
+        client_key_file: String::new(),
         connect_timeout_ms: 2000,
         response_timeout_ms: 5000,
         test_clock_key: None,

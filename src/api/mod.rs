@@ -16,7 +16,7 @@ pub mod submit;
 #[cfg(test)]
 mod testing;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -26,7 +26,6 @@ use tokio::sync::Semaphore;
 use crate::broadcast::app::Directory;
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
-use signature::Replays;
 use submit::Submitter;
 
 /// Section `[api]`.
@@ -75,12 +74,11 @@ pub struct Api {
     metrics: Metrics,
     /// One permit a call under way; none left is answered 503.
     in_flight: Arc<Semaphore>,
-    /// A std Mutex, not tokio's: never held across an await.
-    replays: Mutex<Replays>,
 }
 
 impl Api {
-    /// Puts the parts together. `ledger`: for the queries and the deletion; sending goes through `submitter`.
+    /// Puts the parts together. `ledger`: for the queries, the deletion and the signatures that were used; sending goes
+    /// through `submitter`.
     #[must_use]
     pub fn new(
         settings: ApiSettings,
@@ -90,7 +88,7 @@ impl Api {
         metrics: Metrics,
     ) -> Self {
         let in_flight = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
-        Self { settings, directory, ledger, submitter, metrics, in_flight, replays: Mutex::default() }
+        Self { settings, directory, ledger, submitter, metrics, in_flight }
     }
 }
 

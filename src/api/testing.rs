@@ -1,6 +1,6 @@
 //! A small ledger in memory and signed calls, for the tests of the API.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -39,6 +39,7 @@ pub struct FakeLedger {
     pub submissions: Mutex<Vec<Submission>>,
     verdicts: Mutex<HashMap<String, (String, Accepted)>>,
     log: Mutex<Vec<Envelope>>,
+    used: Mutex<HashSet<String>>,
 }
 
 impl FakeLedger {
@@ -111,6 +112,13 @@ impl Ledger for FakeLedger {
             let log = self.log.lock().unwrap();
             let below = log.iter().rev().filter(|envelope| before == 0 || envelope.id < before);
             Ok(below.filter(wanted).take(limit).cloned().collect())
+        })
+    }
+
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, _: Duration) -> Answer<'a, bool> {
+        Box::pin(async move {
+            self.check()?;
+            Ok(self.used.lock().unwrap().insert(format!("{app} {mark}")))
         })
     }
 

@@ -10,13 +10,14 @@ use redis::cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo};
 use redis::io::tcp::TcpSettings;
 use redis::sentinel::{SentinelClientBuilder, SentinelServerType};
 use redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion,
+    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion,
     RedisError, RedisFuture, RedisResult, TlsCertificates, TlsMode, Value,
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use crate::ledger::Generation;
+use crate::tls::{TlsFiles, advice};
 
 /// How Redis is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -46,6 +47,12 @@ pub struct RedisSettings {
     pub key_prefix: String,
     /// A PEM file with the certificate authority to trust for TLS, instead of the system's.
     pub ca_file: String,
+    /// A PEM file with the certificate that this client shows to Redis, where that wants one.
+    #[serde(default)]
+    pub client_certificate_file: String,
+    /// A PEM file with its private key.
+    #[serde(default)]
+    pub client_key_file: String,
     /// Time to connect, milliseconds.
     pub connect_timeout_ms: u64,
     /// Time to answer, milliseconds. A call that takes longer counts as unknown, and is repeated.
@@ -111,12 +118,18 @@ impl RedisSettings {
             .collect()
     }
 
+    fn tls_files(&self) -> TlsFiles<'_> {
+        let (certificate, key) = (&self.client_certificate_file, &self.client_key_file);
+        TlsFiles { section: "redis", ca: &self.ca_file, certificate, key }
+    }
+
     fn certificates(&self) -> RedisResult<Option<TlsCertificates>> {
-        if self.ca_file.is_empty() {
+        if !self.tls_files().any() {
             return Ok(None);
         }
-        let root_cert = std::fs::read(&self.ca_file).map_err(RedisError::from)?;
-        Ok(Some(TlsCertificates { client_tls: None, root_cert: Some(root_cert) }))
+        let pem = self.tls_files().read().map_err(std::io::Error::other)?;
+        let client_tls = pem.identity.map(|(client_cert, client_key)| ClientTlsConfig { client_cert, client_key });
+        Ok(Some(TlsCertificates { client_tls, root_cert: pem.ca }))
     }
 
     fn client(&self, info: ConnectionInfo) -> RedisResult<Client> {
@@ -135,6 +148,11 @@ impl RedisSettings {
         if infos.is_empty() {
             return Err("redis.url is empty".into());
         }
+        let plain = infos.iter().any(|info| !matches!(info.addr(), ConnectionAddr::TcpTls { .. }));
+        if self.tls_files().any() && plain {
+            return Err("redis.ca_file or a client certificate is set, but redis.url is no rediss:// address".into());
+        }
+        self.tls_files().read()?;
         if self.mode == Mode::Single && infos.len() > 1 {
             return Err("redis.url lists several servers, but redis.mode is single".into());
         }
@@ -195,7 +213,9 @@ impl RedisSettings {
             if matches!(first.addr(), ConnectionAddr::TcpTls { .. }) {
                 builder = builder.set_client_to_redis_tls_mode(TlsMode::Secure);
                 if let Some(certificates) = self.certificates()? {
-                    builder = builder.set_client_to_redis_certificates(certificates);
+                    builder = builder
+                        .set_client_to_sentinel_certificates(certificates.clone())
+                        .set_client_to_redis_certificates(certificates);
                 }
             }
         }
@@ -250,6 +270,8 @@ pub(super) fn describe(error: &RedisError) -> String {
     } else if error.is_connection_refusal() {
         "connection refused".into()
     } else {
-        error.to_string().chars().filter(|c| !c.is_control()).take(200).collect()
+        let text: String = error.to_string().chars().filter(|c| !c.is_control()).take(200).collect();
+        let advice = advice(&text);
+        text + advice
     }
 }
