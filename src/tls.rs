@@ -51,7 +51,8 @@ impl TlsFiles<'_> {
             (certificate, key) => {
                 let name = format!("{section}.client_key_file");
                 let pem = file(&name, key)?;
-                PrivateKeyDer::from_pem_slice(&pem).map_err(|_| format!("{name}: {key} holds no private key in PEM"))?;
+                PrivateKeyDer::from_pem_slice(&pem)
+                    .map_err(|_| format!("{name}: {key} holds no private key in PEM"))?;
                 Some((certificates(&format!("{section}.client_certificate_file"), certificate)?, pem))
             }
         };
@@ -83,6 +84,9 @@ pub fn advice(error: &str) -> &'static str {
         ("expired", ": the server's certificate has expired"),
         ("CertificateRequired", ": the server wants a certificate of its clients (see client_certificate_file)"),
         ("HandshakeFailure", ": the server may want a certificate of its clients (see client_certificate_file)"),
+        ("UnknownCA", ": the server does not accept this client's certificate (see client_certificate_file)"),
+        ("BadCertificate", ": the server does not accept this client's certificate (see client_certificate_file)"),
+        ("DecryptError", ": the server does not accept this client's certificate (see client_certificate_file)"),
         ("InvalidContentType", ": the server speaks no TLS on this port"),
     ];
     ADVICE.iter().find(|(mark, _)| error.contains(mark)).map_or("", |(_, advice)| advice)

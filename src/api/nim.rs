@@ -167,7 +167,8 @@ impl Api {
             }
             Err(error) => {
                 tracing::warn!(%error, app = %app.key, "a call was refused: whether it is a replay cannot be told");
-                let desc = "busy: nothing was sent (signatures cannot be compared with earlier ones); sign anew, try later";
+                let desc =
+                    "busy: nothing was sent (signatures cannot be compared with earlier ones); sign anew, try later";
                 Err(Answer::error(code::BUSY, desc))
             }
         }

@@ -32,6 +32,8 @@ pub const START: BroadcastId = 1_764_000_000_000_000;
 #[derive(Default)]
 pub struct FakeLedger {
     pub down: AtomicBool,
+    /// It cannot say what was used.
+    pub forgetful: AtomicBool,
     /// This many calls are accepted, but answered as if they had been lost.
     pub lose_answers: AtomicU32,
     /// Deletions wait while this is held for writing.
@@ -117,7 +119,9 @@ impl Ledger for FakeLedger {
 
     fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, _: Duration) -> Answer<'a, bool> {
         Box::pin(async move {
-            self.check()?;
+            if self.forgetful.load(Ordering::SeqCst) {
+                return Err(LedgerError::Unavailable("down".to_owned()));
+            }
             Ok(self.used.lock().unwrap().insert(format!("{app} {mark}")))
         })
     }

@@ -24,7 +24,9 @@ impl<'de> Deserialize<'de> for ReplyQueues {
         }
         Ok(Self(match Written::deserialize(deserializer)? {
             Written::List(list) => list,
-            Written::Text(text) => text.split(',').map(|one| one.trim().to_owned()).filter(|one| !one.is_empty()).collect(),
+            Written::Text(text) => {
+                text.split(',').map(|one| one.trim().to_owned()).filter(|one| !one.is_empty()).collect()
+            }
         }))
     }
 }
@@ -66,7 +68,8 @@ fn is_direct(name: &str) -> bool {
         part.len() >= 16
             && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=' | b'-' | b'_'))
     };
-    let direct = name.strip_prefix(DIRECT).and_then(|rest| rest.strip_prefix('.')).and_then(|rest| rest.split_once('.'));
+    let direct =
+        name.strip_prefix(DIRECT).and_then(|rest| rest.strip_prefix('.')).and_then(|rest| rest.split_once('.'));
     direct.is_some_and(|(a, b)| is_base64(a) && is_base64(b))
 }
 

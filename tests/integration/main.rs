@@ -12,11 +12,14 @@ mod drain;
 mod end_to_end;
 mod faults;
 mod hostile;
+mod permissions;
 mod requests;
 mod retained;
+mod security;
 mod selftest;
 mod settings;
 mod standalone;
 mod submitter;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;

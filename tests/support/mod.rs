@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "a toolbox: not every test module uses every tool")]
 
 pub mod broadcastd;
+pub mod certificates;
 pub mod checker;
 pub mod device;
 pub mod guard;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use super::certificates::Certificate;
 use super::guard::{Guarded, folder};
 use super::{ports, unique, until_blocking};
 
@@ -19,7 +20,8 @@ const GUEST: &str = "Basic Z3Vlc3Q6Z3Vlc3Q=";
 pub const ADMINISTRATOR: &str = "guest:guest";
 
 /// The users whose permissions `deploy/rabbitmq/README.md` writes down, with the passwords that they have here.
-pub const USERS: [(&str, &str); 3] = [("broadcastd", "broadcastd-password"), ("api", "api-password"), ("BACKEND", "backend-password")];
+pub const USERS: [(&str, &str); 3] =
+    [("broadcastd", "broadcastd-password"), ("api", "api-password"), ("BACKEND", "backend-password")];
 
 /// The permissions of one of [`USERS`], as they are committed: configure, write, read.
 pub fn permissions(user: &str) -> [String; 3] {
@@ -47,6 +49,7 @@ pub struct RabbitMq {
     management: u16,
     folder: PathBuf,
     environment: BTreeMap<String, String>,
+    tls: bool,
     process: Option<Guarded>,
 }
 
@@ -60,11 +63,28 @@ impl RabbitMq {
 
     /// One that a test may restart, freeze and fill.
     pub fn dedicated() -> Self {
+        Self::make(None)
+    }
+
+    /// One that takes TLS connections only; from clients with a certificate of the same authority only, if `mutual`.
+    pub fn with_tls(certificate: &Certificate, mutual: bool) -> Self {
+        Self::make(Some((certificate, mutual)))
+    }
+
+    fn make(tls: Option<(&Certificate, bool)>) -> Self {
         let folder = folder("rabbitmq");
         let (port, management) = (ports::free(), ports::free());
         std::fs::write(folder.join("plugins"), "[rabbitmq_management].").unwrap();
+        let listener = match tls {
+            None => format!("listeners.tcp.default = 127.0.0.1:{port}\n"),
+            Some((Certificate { ca, certificate, key }, mutual)) => format!(
+                "listeners.tcp = none\nlisteners.ssl.default = 127.0.0.1:{port}\n\
+                 ssl_options.cacertfile = {ca}\nssl_options.certfile = {certificate}\nssl_options.keyfile = {key}\n\
+                 ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = {mutual}\n"
+            ),
+        };
         let settings = format!(
-            "listeners.tcp.default = 127.0.0.1:{port}\n\
+            "{listener}\
              management.tcp.ip = 127.0.0.1\n\
              management.tcp.port = {management}\n\
              # A test may run on a disk with little room; the alarm has tests of its own.\n\
@@ -89,7 +109,7 @@ impl RabbitMq {
             ("RABBITMQ_PID_FILE", at("pid")),
         ];
         let environment = environment.map(|(key, value)| (key.to_owned(), value)).into();
-        let mut rabbitmq = Self { port, management, folder, environment, process: None };
+        let mut rabbitmq = Self { port, management, folder, environment, tls: tls.is_some(), process: None };
         rabbitmq.start();
         for (user, password) in USERS {
             rabbitmq.put(&format!("users/{user}"), &json!({ "password": password, "tags": "" }));
@@ -101,7 +121,9 @@ impl RabbitMq {
     /// The address of a vhost, for broadcastd: with the user of that name. Prefer [`RabbitMq::vhost`].
     pub fn url(&self, vhost: &str) -> String {
         let (user, password) = USERS[0];
-        format!("amqp://{user}:{password}@127.0.0.1:{}/{}", self.port, vhost.replace('/', "%2f"))
+        // Certificates name the host.
+        let (scheme, host) = if self.tls { ("amqps", "localhost") } else { ("amqp", "127.0.0.1") };
+        format!("{scheme}://{user}:{password}@{host}:{}/{}", self.port, vhost.replace('/', "%2f"))
     }
 
     /// Its AMQP port on 127.0.0.1.
@@ -224,11 +246,7 @@ impl RabbitMq {
         let request = ureq::http::Request::builder().method(method).uri(url).header("authorization", GUEST).body(());
         let mut response = ureq::run(request.unwrap()).map_err(|error| error.to_string())?;
         let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
-        if text.is_empty() {
-            Ok(Value::Null)
-        } else {
-            serde_json::from_str(&text).map_err(|e| e.to_string())
-        }
+        if text.is_empty() { Ok(Value::Null) } else { serde_json::from_str(&text).map_err(|e| e.to_string()) }
     }
 }
 

@@ -10,8 +10,8 @@ use redis::cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo};
 use redis::io::tcp::TcpSettings;
 use redis::sentinel::{SentinelClientBuilder, SentinelServerType};
 use redis::{
-    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion,
-    RedisError, RedisFuture, RedisResult, TlsCertificates, TlsMode, Value,
+    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, Pipeline,
+    ProtocolVersion, RedisError, RedisFuture, RedisResult, TlsCertificates, TlsMode, Value,
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -193,6 +193,22 @@ impl RedisSettings {
             Mode::Single | Mode::Cluster => self.client(infos.swap_remove(0))?,
         };
         Ok(Connection::Single(client.get_multiplexed_async_connection_with_config(&config).await?))
+    }
+
+    /// Why [`RedisSettings::open`] failed. A server without TLS waits for the end of what it takes for a command; one with TLS
+    /// hangs up on who speaks without.
+    pub(super) fn refused(&self, error: &RedisError) -> String {
+        let secure = self
+            .infos()
+            .is_ok_and(|infos| infos.iter().any(|info| matches!(info.addr(), ConnectionAddr::TcpTls { .. })));
+        let hint = if secure && error.is_timeout() {
+            " (does Redis speak TLS on this port?)"
+        } else if !secure && error.is_connection_dropped() {
+            " (does Redis want TLS, rediss://, on this port?)"
+        } else {
+            ""
+        };
+        describe(error) + hint
     }
 
     /// The client of the master that the Sentinels name now. User, password and database are those of the first URL.

@@ -124,7 +124,7 @@ impl Subscription {
             to.take(push);
             Ok::<(), redis::aio::SendError>(())
         };
-        let mut connection = self.settings.open(Some(push)).await.map_err(|error| describe(&error))?;
+        let mut connection = self.settings.open(Some(push)).await.map_err(|error| self.settings.refused(&error))?;
         let generation = probe(&mut connection).await?;
         let channels: Vec<String> =
             self.subscribed.iter().map(|app| self.inlet.keys.channel(app, &self.node)).collect();

@@ -69,7 +69,7 @@ async fn supervise(
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
     loop {
         let reason = match settings.open(None::<tokio::sync::mpsc::UnboundedSender<redis::PushInfo>>).await {
-            Err(error) => super::connect::describe(&error),
+            Err(error) => settings.refused(&error),
             Ok(mut connection) => loop {
                 match probe(&mut connection).await {
                     Err(reason) => break reason,
