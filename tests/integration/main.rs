@@ -15,6 +15,7 @@ mod hostile;
 mod permissions;
 mod requests;
 mod retained;
+mod secrets;
 mod security;
 mod selftest;
 mod settings;

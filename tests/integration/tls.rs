@@ -116,6 +116,24 @@ async fn client_certificates_are_shown_where_they_are_wanted() {
 }
 
 #[tokio::test]
+async fn a_master_is_found_over_tls_through_a_sentinel() {
+    let authority = Authority::new();
+    let server = authority.sign("server", &["localhost", "127.0.0.1"]);
+    let redis = Redis::with_tls(&server, false, &[]);
+    let Certificate { ca, certificate, key } = &server;
+    let files =
+        [format!("tls-ca-cert-file {ca}"), format!("tls-cert-file {certificate}"), format!("tls-key-file {key}")];
+    let files: Vec<&str> = files.iter().map(String::as_str).chain(["tls-auth-clients no"]).collect();
+    let (_sentinel, port) = super::permissions::sentinel(&redis, &files);
+    let app = App::new();
+    let url = redis.url().replace(&redis.port().to_string(), &port.to_string());
+    let mut stack = Stack::on(&RabbitMq::shared().vhost().url, &url, std::slice::from_ref(&app));
+    stack.redis_mode = "sentinel".to_owned();
+    works(&app, |role| stack.role(role).with("redis.ca_file", ca)).await;
+    refused(stack.role("node").with("redis.ca_file", Authority::new().ca()), "redis", "").await;
+}
+
+#[tokio::test]
 async fn a_cluster_is_reached_over_tls() {
     let authority = Authority::new();
     // Its servers tell each other's addresses, not names.
