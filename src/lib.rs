@@ -16,4 +16,5 @@ pub mod metrics;
 pub mod node;
 pub mod settings;
 pub mod telemetry;
+pub mod tls;
 pub mod worker;

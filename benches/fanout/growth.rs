@@ -23,6 +23,7 @@ struct Case {
 
 pub async fn run() {
     let redis = Redis::dedicated(&[]);
+    let prefix = Redis::prefix();
     let settings = RedisSettings {
         url: redis.url().into(),
         url_file: String::new(),
@@ -31,8 +32,10 @@ pub async fn run() {
         sentinel_username: String::new(),
         sentinel_password: String::new().into(),
         sentinel_password_file: String::new(),
-        key_prefix: "growth:".to_owned(),
+        key_prefix: prefix.clone(),
         ca_file: String::new(),
+        client_certificate_file: String::new(),
+        client_key_file: String::new(),
         connect_timeout_ms: 2000,
         response_timeout_ms: 5000,
         test_clock_key: None,
@@ -50,7 +53,7 @@ pub async fn run() {
     for (number, case) in cases.iter().enumerate() {
         for app in 0..case.apps {
             for some in (0..case.nodes).collect::<Vec<_>>().chunks(500) {
-                let key = format!("growth:{{c{number}-{app}}}:nodes");
+                let key = format!("{prefix}{{c{number}-{app}}}:nodes");
                 let mut command = vec!["ZADD".to_owned(), key];
                 some.iter().for_each(|node| command.extend(["9999999999999".to_owned(), format!("n{node}")]));
                 redis.command(&command.iter().map(String::as_str).collect::<Vec<_>>());

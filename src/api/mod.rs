@@ -17,7 +17,7 @@ pub mod submit;
 mod testing;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -27,7 +27,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::broadcast::app::{App, AppKey, Directory};
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
-use signature::Replays;
 use submit::Submitter;
 
 /// Section `[api]`.
@@ -84,12 +83,11 @@ pub struct Api {
     in_flight: Arc<Semaphore>,
     /// The same for each app by itself.
     shares: HashMap<AppKey, Arc<Semaphore>>,
-    /// A std Mutex, not tokio's: never held across an await.
-    replays: Mutex<Replays>,
 }
 
 impl Api {
-    /// Puts the parts together. `ledger`: for the queries and the deletion; sending goes through `submitter`.
+    /// Puts the parts together. `ledger`: for the queries, the deletion and the signatures that were used; sending goes
+    /// through `submitter`.
     #[must_use]
     pub fn new(
         settings: ApiSettings,
@@ -101,7 +99,7 @@ impl Api {
         let in_flight = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
         let share = || Arc::new(Semaphore::new(settings.max_in_flight_per_app.min(Semaphore::MAX_PERMITS)));
         let shares = directory.iter().map(|app| (app.key.clone(), share())).collect();
-        Self { settings, directory, ledger, submitter, metrics, in_flight, shares, replays: Mutex::default() }
+        Self { settings, directory, ledger, submitter, metrics, in_flight, shares }
     }
 
     /// A place for one more call of this app; `None` if the app, or all together, have as many under way as they may.

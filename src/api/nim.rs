@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::form::Form;
-use super::signature::{Signed, single};
+use super::signature::{self, Signed, single};
 use super::submit::Outcome;
 use super::{Api, Place, body, history};
 use crate::broadcast::app::App;
@@ -131,7 +131,7 @@ impl Api {
         let (parts, body) = request.into_parts();
         // Read before the signature is judged, so that the connection stays usable; bounded either way.
         let body = body::read(&parts.headers, body, self.settings.max_body_bytes).await;
-        let app = self.authenticate(&parts.headers)?;
+        let app = self.authenticate(&parts.headers).await?;
         let mut form = Form::parse(single(&parts.headers, "Content-Type")?, &body?, call.parameters())?;
         if !app.broadcast {
             return Err(Answer::error(code::FORBIDDEN, "broadcasts are not activated for this app"));
@@ -151,17 +151,26 @@ impl Api {
         }
     }
 
-    fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<App>, Rejection> {
+    async fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<App>, Answer> {
         let now_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let window_s = self.settings.checksum_window_seconds;
         let signed = Signed::from_headers(headers)?;
         let app = self.directory.get(signed.app_key);
         let check_sum = signed.verify(app.map(|app| &app.secret), now_s, window_s)?;
-        // A poisoned lock only means that another call panicked; the set is whole after each step.
-        let mut replays = self.replays.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        replays.take(check_sum, now_s, window_s)?;
         // `verify` has refused an unknown app.
-        app.cloned().ok_or_else(|| Rejection::bad("bad_signature", "AppKey is unknown"))
+        let app = app.cloned().ok_or_else(|| Rejection::bad("bad_signature", "AppKey is unknown"))?;
+        match signature::take(&*self.ledger, &app.key, check_sum, window_s).await {
+            Ok(true) => Ok(app),
+            Ok(false) => {
+                Err(Rejection::bad("replayed", "this Nonce and CurTime were used before; sign each call anew").into())
+            }
+            Err(error) => {
+                tracing::warn!(%error, app = %app.key, "a call was refused: whether it is a replay cannot be told");
+                let desc =
+                    "busy: nothing was sent (signatures cannot be compared with earlier ones); sign anew, try later";
+                Err(Answer::error(code::BUSY, desc))
+            }
+        }
     }
 
     async fn broadcast(

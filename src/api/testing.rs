@@ -1,6 +1,6 @@
 //! A small ledger in memory and signed calls, for the tests of the API.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -32,6 +32,8 @@ pub const START: BroadcastId = 1_764_000_000_000_000;
 #[derive(Default)]
 pub struct FakeLedger {
     pub down: AtomicBool,
+    /// It cannot say what was used.
+    pub forgetful: AtomicBool,
     /// This many calls are accepted, but answered as if they had been lost.
     pub lose_answers: AtomicU32,
     /// Deletions wait while this is held for writing.
@@ -39,6 +41,7 @@ pub struct FakeLedger {
     pub submissions: Mutex<Vec<Submission>>,
     verdicts: Mutex<HashMap<String, (String, Accepted)>>,
     log: Mutex<Vec<Envelope>>,
+    used: Mutex<HashSet<String>>,
 }
 
 impl FakeLedger {
@@ -111,6 +114,15 @@ impl Ledger for FakeLedger {
             let log = self.log.lock().unwrap();
             let below = log.iter().rev().filter(|envelope| before == 0 || envelope.id < before);
             Ok(below.filter(wanted).take(limit).cloned().collect())
+        })
+    }
+
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, _: Duration) -> Answer<'a, bool> {
+        Box::pin(async move {
+            if self.forgetful.load(Ordering::SeqCst) {
+                return Err(LedgerError::Unavailable("down".to_owned()));
+            }
+            Ok(self.used.lock().unwrap().insert(format!("{app} {mark}")))
         })
     }
 

@@ -157,6 +157,11 @@ pub trait Ledger: Send + Sync {
     /// Broadcasts with ids below `before` (0: from the newest), newest first, at most `limit`.
     fn list<'a>(&'a self, app: &'a AppKey, before: BroadcastId, limit: usize, kind: Kind) -> Answer<'a, Vec<Envelope>>;
 
+    /// Whether this is the first use of `mark` by the app; it is remembered for `time` from now. One call of all that use the
+    /// same mark is told `true`, whichever process they are in. The one exception to repeating: a call whose answer was
+    /// lost may have been the first use.
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, time: Duration) -> Answer<'a, bool>;
+
     /// Takes or renews the node's lease, and reads the app's state after `after` in the same instant: whatever is accepted
     /// from then on is published to the node.
     fn join<'a>(

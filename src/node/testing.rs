@@ -360,6 +360,10 @@ impl Ledger for FakeLedger {
         })
     }
 
+    fn first_use<'a>(&'a self, _: &'a AppKey, _: &'a str, _: Duration) -> Answer<'a, bool> {
+        unimplemented!("the API's")
+    }
+
     fn health(&self) -> watch::Receiver<Result<(), String>> {
         self.health.subscribe()
     }

@@ -4,7 +4,7 @@ use lapin::message::Delivery;
 use lapin::protocol::basic::AMQPProperties;
 use lapin::types::{AMQPValue, DeliveryTag, ShortString};
 
-use crate::broadcast::app::Directory;
+use super::{Worker, reply_to};
 use crate::broadcast::request::{MAX_REQUEST_BYTES, Request, Submission};
 use crate::broadcast::verdict::{Rejection, Verdict};
 
@@ -28,7 +28,7 @@ pub(super) struct Item {
 }
 
 /// What intake makes of a delivery: a submission for the ledger, or a verdict already.
-pub(super) fn read(delivery: Delivery, directory: &Directory) -> (Item, Result<Submission, Verdict>) {
+pub(super) fn read(delivery: Delivery, worker: &Worker) -> (Item, Result<Submission, Verdict>) {
     let Delivery { delivery_tag, properties, mut data, .. } = delivery;
     let message_id = properties.message_id().as_ref().map(ShortString::as_str);
     let read = Request::from_json(&data, message_id);
@@ -40,7 +40,7 @@ pub(super) fn read(delivery: Delivery, directory: &Directory) -> (Item, Result<S
     }
     let mut item = Item {
         tag: delivery_tag,
-        reply_to: properties.reply_to().clone().filter(|reply_to| !reply_to.as_str().is_empty()),
+        reply_to: properties.reply_to().clone().filter(|reply_to| may_reply(worker, reply_to.as_str())),
         correlation_id: properties.correlation_id().clone(),
         enqueued_at_ms: enqueued_at(&properties),
         properties,
@@ -49,7 +49,7 @@ pub(super) fn read(delivery: Delivery, directory: &Directory) -> (Item, Result<S
         request: None,
     };
     let rejected = |rejection: Rejection| Err(Verdict::Rejected(rejection));
-    let outcome = match read.map(|request| Submission::new(request, directory)) {
+    let outcome = match read.map(|request| Submission::new(request, &worker.directory)) {
         Err(rejection) => rejected(rejection),
         Ok(Err((request, rejection))) => {
             item.request = Some(*request);
@@ -58,6 +58,15 @@ pub(super) fn read(delivery: Delivery, directory: &Directory) -> (Item, Result<S
         Ok(Ok(submission)) => Ok(submission),
     };
     (item, outcome)
+}
+
+/// Whether there is anybody to tell the verdict. Where a reply may not go, the request is one without a reply.
+fn may_reply(worker: &Worker, reply_to: &str) -> bool {
+    let allowed = reply_to::is_allowed(worker, reply_to);
+    if !reply_to.is_empty() && !allowed {
+        worker.metrics.replies_lost.with_label_values(&["bad_reply_to"]).inc();
+    }
+    !reply_to.is_empty() && allowed
 }
 
 fn enqueued_at(properties: &AMQPProperties) -> Option<u64> {

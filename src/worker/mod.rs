@@ -7,6 +7,7 @@ mod acks;
 mod intake;
 mod outbox;
 mod process;
+mod reply_to;
 mod session;
 mod topology;
 
@@ -16,6 +17,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+pub use self::reply_to::ReplyQueues;
 
 use crate::amqp::AmqpSettings;
 use crate::backoff::Backoff;
@@ -33,6 +36,8 @@ pub struct WorkerSettings {
     pub batches_in_flight: usize,
     /// How long the broker may take to confirm a reply before the request is settled without it, milliseconds.
     pub reply_timeout_ms: u64,
+    /// The queues that replies may go to, as patterns with `*`. Direct reply-to always may, the worker's own queues never.
+    pub allowed_reply_queues: ReplyQueues,
 }
 
 impl WorkerSettings {
@@ -47,7 +52,7 @@ impl WorkerSettings {
         if !(1..=600_000).contains(&self.reply_timeout_ms) {
             return Err("worker.reply_timeout_ms is from 1 to 600000".into());
         }
-        Ok(())
+        self.allowed_reply_queues.validate()
     }
 }
 

@@ -72,10 +72,6 @@ impl Outbox {
     /// sender asks again with the same request id and gets the stored verdict.
     pub(super) async fn reply(&self, item: &Item, verdict: &Verdict) -> Sent {
         let Some(reply_to) = item.reply_to.clone() else { return Sent(None) };
-        if !is_safe(reply_to.as_str()) {
-            self.metrics.replies_lost.with_label_values(&["bad_reply_to"]).inc();
-            return Sent(None);
-        }
         if self.blocked() {
             self.metrics.replies_lost.with_label_values(&["blocked"]).inc();
             return Sent(None);
@@ -192,17 +188,6 @@ fn size(value: &AMQPValue) -> usize {
     }
 }
 
-/// Whether RabbitMQ can take a reply to this. Versions up to 3.10 close the connection over a direct reply-to name that is
-/// not one of theirs.
-fn is_safe(reply_to: &str) -> bool {
-    let Some(direct) = reply_to.strip_prefix("amq.rabbitmq.reply-to") else { return true };
-    let is_base64 = |part: &str| {
-        part.len() >= 16
-            && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=' | b'-' | b'_'))
-    };
-    direct.strip_prefix('.').and_then(|name| name.split_once('.')).is_some_and(|(a, b)| is_base64(a) && is_base64(b))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -223,12 +208,5 @@ mod tests {
         assert_eq!(dead.message_id().as_ref().map(ShortString::as_str), Some("m-1"));
         let headers = dead.headers().as_ref().unwrap().inner();
         assert!(headers.contains_key("trace") && headers.contains_key("x-reason") && !headers.contains_key("zzz-huge"));
-    }
-
-    #[test]
-    fn a_made_up_direct_reply_to_is_not_answered() {
-        assert!(is_safe("my.replies"));
-        assert!(is_safe("amq.rabbitmq.reply-to.g1h2AA5yZXB1111A0NzA4.AAAC9QAAAAAVgEsA6Q=="));
-        assert!(!is_safe("amq.rabbitmq.reply-to.!!.x") && !is_safe("amq.rabbitmq.reply-to"));
     }
 }

@@ -98,6 +98,8 @@ impl OnRedis {
             sentinel_password_file: String::new(),
             key_prefix: prefix,
             ca_file: String::new(),
+            client_certificate_file: String::new(),
+            client_key_file: String::new(),
             connect_timeout_ms: 5000,
             response_timeout_ms: 30_000,
             test_clock_key: Some(clock_key.clone()),

@@ -156,7 +156,7 @@ impl Process {
         stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
     }
 
-    /// Waits until a failpoint has stopped it.
+    /// Waits until it stands still: by [`Process::pause`], or at a failpoint.
     pub async fn wait_stopped(&self) {
         until("stopped", SOON, async || if self.is_stopped() { Ok(()) } else { Err("it runs") }).await;
     }
@@ -297,20 +297,6 @@ impl Process {
     /// SIGSTOP.
     pub fn pause(&self) {
         self.signal(Signal::STOP);
-    }
-
-    /// Waits until it stands still: by [`Process::pause`], or at a failpoint.
-    pub async fn wait_stopped(&self) {
-        let stat = format!("/proc/{}/stat", self.pid());
-        until("stopped", SOON, async || {
-            let stat = std::fs::read_to_string(&stat).map_err(|error| error.to_string())?;
-            // The state follows the program's name, which ends in the last parenthesis.
-            match stat.rsplit(") ").next().and_then(|rest| rest.chars().next()) {
-                Some('T') => Ok(()),
-                _ => Err(stat),
-            }
-        })
-        .await;
     }
 
     /// SIGCONT.

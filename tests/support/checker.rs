@@ -153,9 +153,9 @@ impl Checker {
         self.accepted.len()
     }
 
-    /// The ids of all that were accepted, ascending, and until when each is valid (milliseconds since the Unix epoch).
+    /// The ids of all that were accepted (of one app: use it where there is but one), ascending, and until when each is valid (milliseconds since the Unix epoch).
     pub fn ids(&self) -> Vec<(u64, Option<u64>)> {
-        self.by_id.iter().map(|(id, request_id)| (*id, self.accepted[request_id].expires_ms)).collect()
+        self.by_id.iter().map(|((_, id), request_id)| (*id, self.accepted[request_id].expires_ms)).collect()
     }
 
     /// I2: every request ended.

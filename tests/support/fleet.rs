@@ -220,8 +220,12 @@ fn decide(ids: &[(u64, Option<u64>)], record: &Record, must: Must) -> Result<(),
             (Must::Everything, _) => (true, true),
             (Must::After(since), _) => (*id > since, *id > since),
             (Must::RetainedUpTo(head), _) if *id > head => (true, true),
-            (Must::RetainedUpTo(_), None) => (false, false),
-            (Must::RetainedUpTo(_), Some(at)) => (*at > record.welcomed_ms + PENDING, *at > record.asked_ms),
+            (Must::RetainedBetween { head, .. }, _) if *id > head => (true, true),
+            (Must::RetainedBetween { since, .. }, _) if *id <= since => (false, false),
+            (Must::RetainedUpTo(_) | Must::RetainedBetween { .. }, None) => (false, false),
+            (Must::RetainedUpTo(_) | Must::RetainedBetween { .. }, Some(at)) => {
+                (*at > record.welcomed_ms + PENDING, *at > record.asked_ms)
+            }
         };
         match history.next_if(|seen| seen.id == *id) {
             None if least => return Err(format!("id {id} never arrived")),

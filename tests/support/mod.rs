@@ -4,6 +4,7 @@
 
 pub mod audit;
 pub mod broadcastd;
+pub mod certificates;
 pub mod checker;
 pub mod clock;
 pub mod device;

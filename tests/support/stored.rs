@@ -18,6 +18,9 @@ pub struct Stored {
     pub log: Vec<u64>,
 }
 
+/// The retained set, the day's and the minute's counter, the log.
+type Answers = (Vec<Vec<u8>>, Option<String>, Option<Vec<u8>>, redis::Value);
+
 impl Stored {
     /// Reads it. `prefix` and `app` as the roles know them.
     pub async fn read(connection: &mut MultiplexedConnection, prefix: &str, app: &str) -> Result<Self, String> {
@@ -26,7 +29,7 @@ impl Stored {
         pipeline.atomic().cmd("ZRANGE").arg(key("retained")).arg(0).arg(-1).cmd("GET").arg(key("rate:day"));
         pipeline.cmd("GET").arg(key("rate:minute")).cmd("XRANGE").arg(key("log")).arg("-").arg("+");
         let answers = pipeline.query_async(connection).await.map_err(|error| error.to_string())?;
-        let (retained, day, minute, log): (Vec<Vec<u8>>, Option<String>, Option<Vec<u8>>, redis::Value) = answers;
+        let (retained, day, minute, log): Answers = answers;
         let mut stored = Self::default();
         for envelope in retained {
             let envelope: Value = serde_json::from_slice(&envelope).map_err(|error| error.to_string())?;

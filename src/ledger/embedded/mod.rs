@@ -204,6 +204,13 @@ impl Ledger for EmbeddedLedger {
         })
     }
 
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, time: Duration) -> Answer<'a, bool> {
+        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Box::pin(
+            async move { self.write(|answer| Command::FirstUse(app.clone(), mark.to_owned(), time_ms, answer)).await? },
+        )
+    }
+
     fn join<'a>(
         &'a self,
         app: &'a AppKey,

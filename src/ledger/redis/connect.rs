@@ -9,14 +9,15 @@ use redis::cluster_async::ClusterConnection;
 use redis::cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo};
 use redis::io::tcp::TcpSettings;
 use redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion, RedisError,
-    RedisFuture, RedisResult, TlsCertificates, Value,
+    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, Pipeline,
+    ProtocolVersion, RedisError, RedisFuture, RedisResult, TlsCertificates, Value,
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use super::sentinels::{self, Address, Sentinels};
 use crate::ledger::Generation;
+use crate::tls::{TlsFiles, advice};
 
 /// How Redis is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -52,6 +53,12 @@ pub struct RedisSettings {
     pub key_prefix: String,
     /// A PEM file with the certificate authority to trust for TLS, instead of the system's.
     pub ca_file: String,
+    /// A PEM file with the certificate that this client shows to Redis, where that wants one.
+    #[serde(default)]
+    pub client_certificate_file: String,
+    /// A PEM file with its private key.
+    #[serde(default)]
+    pub client_key_file: String,
     /// Time to connect, milliseconds.
     pub connect_timeout_ms: u64,
     /// Time to answer, milliseconds. A call that takes longer counts as unknown, and is repeated.
@@ -117,12 +124,18 @@ impl RedisSettings {
             .collect()
     }
 
+    fn tls_files(&self) -> TlsFiles<'_> {
+        let (certificate, key) = (&self.client_certificate_file, &self.client_key_file);
+        TlsFiles { section: "redis", ca: &self.ca_file, certificate, key }
+    }
+
     fn certificates(&self) -> RedisResult<Option<TlsCertificates>> {
-        if self.ca_file.is_empty() {
+        if !self.tls_files().any() {
             return Ok(None);
         }
-        let root_cert = std::fs::read(&self.ca_file).map_err(RedisError::from)?;
-        Ok(Some(TlsCertificates { client_tls: None, root_cert: Some(root_cert) }))
+        let pem = self.tls_files().read().map_err(std::io::Error::other)?;
+        let client_tls = pem.identity.map(|(client_cert, client_key)| ClientTlsConfig { client_cert, client_key });
+        Ok(Some(TlsCertificates { client_tls, root_cert: pem.ca }))
     }
 
     pub(super) fn client(&self, info: ConnectionInfo) -> RedisResult<Client> {
@@ -141,6 +154,11 @@ impl RedisSettings {
         if infos.is_empty() {
             return Err("redis.url is empty".into());
         }
+        let plain = infos.iter().any(|info| !matches!(info.addr(), ConnectionAddr::TcpTls { .. }));
+        if self.tls_files().any() && plain {
+            return Err("redis.ca_file or a client certificate is set, but redis.url is no rediss:// address".into());
+        }
+        self.tls_files().read()?;
         if self.mode == Mode::Single && infos.len() > 1 {
             return Err("redis.url lists several servers, but redis.mode is single".into());
         }
@@ -197,6 +215,22 @@ impl RedisSettings {
         let client = self.client(master.map_or_else(|| first.clone(), |master| sentinels::at(&first, master)))?;
         Ok(Connection::Single(client.get_multiplexed_async_connection_with_config(&config).await?))
     }
+
+    /// Why [`RedisSettings::open`] failed. A server without TLS waits for the end of what it takes for a command; one with TLS
+    /// hangs up on who speaks without.
+    pub(super) fn refused(&self, error: &RedisError) -> String {
+        let secure = self
+            .infos()
+            .is_ok_and(|infos| infos.iter().any(|info| matches!(info.addr(), ConnectionAddr::TcpTls { .. })));
+        let hint = if secure && error.is_timeout() {
+            " (does Redis speak TLS on this port?)"
+        } else if !secure && error.is_connection_dropped() {
+            " (does Redis want TLS, rediss://, on this port?)"
+        } else {
+            ""
+        };
+        describe(error) + hint
+    }
 }
 
 /// Asks the server (in a cluster: every master) who it is. A server that is loading or no master counts as away: on a demoted
@@ -246,6 +280,8 @@ pub(super) fn describe(error: &RedisError) -> String {
     } else if error.is_connection_refusal() {
         "connection refused".into()
     } else {
-        error.to_string().chars().filter(|c| !c.is_control()).take(200).collect()
+        let text: String = error.to_string().chars().filter(|c| !c.is_control()).take(200).collect();
+        let advice = advice(&text);
+        text + advice
     }
 }

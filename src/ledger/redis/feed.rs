@@ -159,7 +159,8 @@ impl Subscription {
             Ok::<(), redis::aio::SendError>(())
         };
         let Some(Live { master, generation, .. }) = self.live().await else { return Ok(()) };
-        let mut connection = self.settings.open(Some(push), master.as_ref()).await.map_err(|error| describe(&error))?;
+        let mut connection =
+            self.settings.open(Some(push), master.as_ref()).await.map_err(|error| self.settings.refused(&error))?;
         self.check(&mut connection, &generation).await?;
         let channels: Vec<String> =
             self.subscribed.iter().map(|app| self.inlet.keys.channel(app, &self.node)).collect();

@@ -115,7 +115,7 @@ async fn session(
     let no_push = None::<tokio::sync::mpsc::UnboundedSender<redis::PushInfo>>;
     let mut connection = match settings.open(no_push, master.as_ref()).await {
         Ok(connection) => connection,
-        Err(error) => return describe(&error),
+        Err(error) => return settings.refused(&error),
     };
     loop {
         // Together: a Sentinel that does not answer must not delay what the server itself would tell.

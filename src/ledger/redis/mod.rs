@@ -308,6 +308,18 @@ impl Ledger for RedisLedger {
         .boxed()
     }
 
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, time: Duration) -> Answer<'a, bool> {
+        async move {
+            let mut live = self.link.get()?;
+            let mut command = redis::cmd("SET");
+            command.arg(self.keys.used(app, mark)).arg("").arg("NX").arg("PX").arg(time.as_millis().max(1).to_string());
+            let set: Option<String> =
+                command.query_async(&mut live.connection).await.map_err(|error| self.failed(&error))?;
+            Ok(set.is_some())
+        }
+        .boxed()
+    }
+
     fn join<'a>(
         &'a self,
         app: &'a AppKey,

@@ -32,6 +32,8 @@ struct State {
 
 #[derive(Default)]
 struct App {
+    /// Marks that were used, each until a time in ms.
+    used: BTreeMap<String, u64>,
     /// Head, generation, the one before.
     meta: Option<(u64, String, String)>,
     /// The second of every broadcast, and the day of the last with how many it had.
@@ -237,6 +239,17 @@ impl Ledger for Model {
     fn accept<'a>(&'a self, batch: &'a [Submission]) -> BoxFuture<'a, Vec<Result<Decision, LedgerError>>> {
         let mut state = self.lock();
         ready(batch.iter().map(|submission| Ok(state.accept(submission))).collect())
+    }
+
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, time: Duration) -> Answer<'a, bool> {
+        let mut state = self.lock();
+        let now_ms = state.now_us / 1000;
+        let used = &mut state.app(app).used;
+        let first = used.get(mark).is_none_or(|until| *until <= now_ms);
+        if first {
+            used.insert(mark.to_owned(), now_ms + time.as_millis() as u64);
+        }
+        ready(Ok(first))
     }
 
     fn recall<'a>(&'a self, app: &'a AppKey, id: BroadcastId) -> Answer<'a, Option<Recalled>> {
