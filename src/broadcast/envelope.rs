@@ -15,7 +15,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::BroadcastId;
+use super::{BroadcastId, MAX_ID};
 use super::platform::Platforms;
 use super::request::Request;
 
@@ -124,6 +124,10 @@ impl Envelope {
     /// [`Unreadable`], without the text: it is never logged.
     pub fn read(bytes: &[u8]) -> Result<Self, Unreadable> {
         let wire: Wire = serde_json::from_slice(bytes).map_err(|error| Unreadable { offset: error.column() })?;
+        // An id that is none of ours would make a node deaf to all that come after it.
+        if wire.id > MAX_ID || wire.prev >= wire.id || wire.recall.is_some_and(|recalled| recalled > MAX_ID) {
+            return Err(Unreadable { offset: bytes.len() });
+        }
         let content = match wire.recall {
             Some(id) => Content::Recall(id),
             None => Content::Broadcast {
@@ -203,6 +207,16 @@ mod tests {
             panic!("a broadcast")
         };
         assert!(crate::broadcast::platform::Platform::ALL.iter().all(|platform| !targets.contains(*platform)));
+    }
+
+    #[test]
+    fn ids_beyond_those_of_a_ledger_are_unreadable() {
+        let read = |id, prev| Envelope::read(broadcast(id, prev, 3, 0, &tail(&request())).as_bytes());
+        assert!(read(MAX_ID, MAX_ID - 1).is_ok());
+        for (id, prev) in [(0, 0), (5, 5), (5, 6), (MAX_ID + 1, 5)] {
+            assert!(read(id, prev).is_err(), "{id} after {prev}");
+        }
+        assert!(Envelope::read(recall(5, 4, 3, MAX_ID + 1).as_bytes()).is_err());
     }
 
     #[test]

@@ -12,20 +12,20 @@ use crate::broadcast::verdict::{Rejection, Verdict};
 const ENQUEUED_AT: &str = "x-enqueued-at-ms";
 
 /// One delivery on its way to being settled. It holds what a dead letter needs, so that nothing is lost.
-pub(super) struct Item {
-    pub(super) tag: DeliveryTag,
-    pub(super) reply_to: Option<ShortString>,
-    pub(super) correlation_id: Option<ShortString>,
-    pub(super) properties: AMQPProperties,
-    pub(super) payload: Vec<u8>,
+pub(crate) struct Item {
+    pub(crate) tag: DeliveryTag,
+    pub(crate) reply_to: Option<ShortString>,
+    pub(crate) correlation_id: Option<ShortString>,
+    pub(crate) properties: AMQPProperties,
+    pub(crate) payload: Vec<u8>,
     /// What was asked, where it could be read.
-    pub(super) request: Option<Request>,
+    pub(crate) request: Option<Request>,
     /// When it was enqueued, by the sender's clock, milliseconds since the Unix epoch.
-    pub(super) enqueued_at_ms: Option<u64>,
+    pub(crate) enqueued_at_ms: Option<u64>,
 }
 
 /// What intake makes of a delivery: a submission for the ledger, or a verdict already.
-pub(super) fn read(delivery: Delivery, directory: &Directory) -> (Item, Result<Submission, Verdict>) {
+pub(crate) fn read(delivery: Delivery, directory: &Directory) -> (Item, Result<Submission, Verdict>) {
     let Delivery { delivery_tag, properties, data, .. } = delivery;
     let message_id = properties.message_id().as_ref().map(ShortString::as_str);
     let read = Request::from_json(&data, message_id);
