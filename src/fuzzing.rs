@@ -22,6 +22,8 @@ pub use crate::node::entry::Entry;
 pub use crate::node::http::{Head, MAX_HEAD, read_head};
 pub use crate::node::login::{Apps, Login};
 pub use crate::node::presence::app::{App, Change, Update};
+pub use crate::node::shard::session::{Session, State, Written};
+pub use crate::node::shard::sweep::{Batch, Next, offer};
 pub use crate::node::timeline::{Bounds, Fit, Reader, Timeline};
 
 /// The AMQP properties that the worker looks at.

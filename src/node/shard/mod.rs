@@ -7,8 +7,8 @@ mod inbox;
 mod input;
 mod leave;
 mod members;
-mod session;
-mod sweep;
+pub(crate) mod session;
+pub(crate) mod sweep;
 mod timers;
 
 use std::collections::VecDeque;
