@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use broadcastd::broadcast::envelope::{self, Envelope};
+use broadcastd::broadcast::envelope::{self, Content, Envelope};
 use broadcastd::broadcast::quota::{Limits, Quota};
 use broadcastd::broadcast::request::{RawRequest, Request};
 use broadcastd::broadcast::retention::Retained;
@@ -88,10 +88,6 @@ impl Ledger {
     }
 
     fn allocate(&mut self, now_us: u64) -> (BroadcastId, BroadcastId) {
-        self.before.push(self.state.clone());
-        if self.before.len() > 4 {
-            self.before.remove(0);
-        }
         let prev = self.state.head;
         let id = next_id(prev, now_us, self.state.known_generation != self.generation);
         self.state.known_generation = self.generation;
@@ -99,6 +95,14 @@ impl Ledger {
         assert!(self.facts.keys().next_back().is_none_or(|last| *last < id), "id {id} goes back");
         self.state.head = id;
         (id, prev)
+    }
+
+    /// Keeps what a crash may bring back: the state from before a change.
+    fn remember(&mut self, before: State) {
+        self.before.push(before);
+        if self.before.len() > 4 {
+            self.before.remove(0);
+        }
     }
 
     fn append(&mut self, raw: String) -> Arc<[u8]> {
@@ -126,6 +130,7 @@ impl Ledger {
         };
         let today = self.state.accepted.iter().filter(|at| **at / 86_400_000_000 == day).count() as u32;
         let (at_most, at_least) = (within(61), within(60));
+        let before = self.state.clone();
         match self.state.quota.charge(now_us, self.limits) {
             Err(refusal) => {
                 assert!(
@@ -148,6 +153,7 @@ impl Ledger {
             ..RawRequest::default()
         };
         let request = Request::from_raw(raw, None).expect("well-formed");
+        self.remember(before);
         let (id, prev) = self.allocate(now_us);
         self.state.accepted.push(now_us);
         let expires_ms = ttl_ms.map_or(0, |ttl_ms| now_ms + ttl_ms);
@@ -188,6 +194,7 @@ impl Ledger {
         if logged.is_none() && !is_retained || self.facts[&target].recalls.is_some() {
             return None;
         }
+        self.remember(self.state.clone());
         let (id, prev) = self.allocate(now_us);
         self.state.retained.remove(target);
         self.state.plain.retain(|(id, _)| *id != target);
@@ -221,6 +228,12 @@ impl Ledger {
         }
     }
 
+    /// Whether a node may have missed for good that something was deleted: the log had let the recall go, and there was
+    /// another life of the data, so that what is not retained may as well have been lost.
+    pub fn may_forget_recalls(&self) -> bool {
+        self.has_trimmed && self.generation > 1
+    }
+
     /// Another life of the data; `lose`: how many of the last changes are gone. Not of the quota's oracle: what is lost of it
     /// may be charged again.
     pub fn restart(&mut self, lose: usize) -> usize {
@@ -250,8 +263,14 @@ impl Ledger {
     /// Takes back what a node holds.
     pub fn restore(&mut self, now_us: u64, head: BroadcastId, retained: &[Stored], recalled: &[BroadcastId]) -> u32 {
         let now_ms = now_us / 1000;
+        let after = self.state.log.iter().filter(|stored| stored.envelope.id > head);
+        let since = after.filter_map(|stored| match stored.envelope.content {
+            Content::Recall(target) => Some(target),
+            Content::Broadcast { .. } => None,
+        });
+        let recalled: Vec<_> = recalled.iter().copied().chain(since).collect();
         self.state.head = self.state.head.max(head);
-        for id in recalled {
+        for id in &recalled {
             self.state.retained.remove(*id);
             self.state.plain.retain(|(known, _)| known != id);
         }

@@ -14,6 +14,14 @@ for i = 3, 2 + tonumber(ARGV[2]) do
   recalled[ARGV[i]] = true
   redis.call('ZREMRANGEBYSCORE', KEYS[3], ARGV[i], ARGV[i])
 end
+-- What was deleted after what the node knows must not come back with it.
+local later = redis.call('XRANGE', KEYS[2], '(' .. ARGV[1] .. '-0', '+')
+for i = 1, #later do
+  local target = string.match(later[i][2][2], '"recall":(%d+)}$')
+  if target then
+    recalled[target] = true
+  end
+end
 prune(KEYS[3], now_ms)
 local added = {}
 for i = 3 + tonumber(ARGV[2]), #ARGV do
