@@ -11,6 +11,8 @@ pub mod backoff;
 pub mod broadcast;
 pub mod command;
 pub mod failpoint;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod ledger;
 pub mod metrics;
 pub mod node;

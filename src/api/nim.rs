@@ -64,7 +64,7 @@ impl Call {
         }
     }
 
-    const fn parameters(self) -> &'static [&'static str] {
+    pub(crate) const fn parameters(self) -> &'static [&'static str] {
         match self {
             Self::Broadcast => {
                 &["body", "from", "isOffline", "ttl", "ttlSeconds", "targetOs", "requestId", "dedupeSeconds"]
@@ -222,7 +222,7 @@ fn with_request_id(code: u16, desc: &str, request_id: &str) -> Answer {
 }
 
 /// The request that the parameters describe. `sdk_id`: the `RequestId` header.
-fn request(app: &App, mut form: Form, sdk_id: Option<&str>) -> Result<Request, Rejection> {
+pub(crate) fn request(app: &App, mut form: Form, sdk_id: Option<&str>) -> Result<Request, Rejection> {
     let given = form.take("requestId").filter(|id| !id.is_empty());
     let dedupe_seconds = form.take_number("dedupeSeconds")?;
     let target_os = match form.take("targetOs").filter(|text| !text.is_empty()) {

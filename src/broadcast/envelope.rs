@@ -20,9 +20,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::BroadcastId;
 use super::platform::Platforms;
 use super::request::Request;
+use super::{BroadcastId, MAX_ID};
 
 /// The version that is written, and the largest that is delivered.
 pub const VERSION: u32 = 1;
@@ -141,6 +141,11 @@ pub fn recall(id: BroadcastId, prev: BroadcastId, time_ms: u64, recalled: Broadc
     format!(r#"{{"v":{VERSION},"id":{id},"prev":{prev},"time":{time_ms},"expires":0,"recall":{recalled}}}"#)
 }
 
+/// Whether a ledger can have given these.
+const fn in_range(id: BroadcastId, prev: BroadcastId) -> bool {
+    id <= MAX_ID && prev < id
+}
+
 impl Envelope {
     /// Reads one.
     ///
@@ -153,9 +158,16 @@ impl Envelope {
                 let header = serde_json::from_slice::<Header>(bytes).ok().filter(|header| header.v > VERSION);
                 let Header { v, id, prev, time, expires } =
                     header.ok_or_else(|| Unreadable { offset: unknown.err().map_or(0, |error| error.column()) })?;
+                if !in_range(id, prev) {
+                    return Err(Unreadable { offset: bytes.len() });
+                }
                 return Ok(Self { id, prev, time_ms: time, expires_ms: expires, content: Content::Newer(v) });
             }
         };
+        // An id that is none of ours would make a node deaf to all that come after it.
+        if !in_range(wire.id, wire.prev) || wire.recall.is_some_and(|recalled| recalled > MAX_ID) {
+            return Err(Unreadable { offset: bytes.len() });
+        }
         let content = match wire.recall {
             Some(id) => Content::Recall(id),
             None => Content::Broadcast {
@@ -251,6 +263,16 @@ mod tests {
         {
             assert!(Envelope::read(bad.as_bytes()).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn ids_beyond_those_of_a_ledger_are_unreadable() {
+        let read = |id, prev| Envelope::read(broadcast(id, prev, 3, 0, &tail(&request())).as_bytes());
+        assert!(read(MAX_ID, MAX_ID - 1).is_ok());
+        for (id, prev) in [(0, 0), (5, 5), (5, 6), (MAX_ID + 1, 5)] {
+            assert!(read(id, prev).is_err(), "{id} after {prev}");
+        }
+        assert!(Envelope::read(recall(5, 4, 3, MAX_ID + 1).as_bytes()).is_err());
     }
 
     #[test]

@@ -24,16 +24,16 @@ mod caps;
 mod clock;
 pub mod codec;
 mod door;
-mod entry;
-mod http;
-mod login;
-mod presence;
+pub(crate) mod entry;
+pub(crate) mod http;
+pub(crate) mod login;
+pub(crate) mod presence;
 mod settings;
-mod shard;
+pub(crate) mod shard;
 mod shared;
 #[cfg(test)]
 mod testing;
-mod timeline;
+pub(crate) mod timeline;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};

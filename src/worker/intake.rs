@@ -5,6 +5,7 @@ use lapin::protocol::basic::AMQPProperties;
 use lapin::types::{AMQPValue, DeliveryTag, ShortString};
 
 use super::{Worker, reply_to};
+use crate::broadcast::app::Directory;
 use crate::broadcast::request::{MAX_REQUEST_BYTES, Request, Submission};
 use crate::broadcast::verdict::{Rejection, Verdict};
 
@@ -12,23 +13,29 @@ use crate::broadcast::verdict::{Rejection, Verdict};
 const ENQUEUED_AT: &str = "x-enqueued-at-ms";
 
 /// One delivery on its way to being settled. It holds what a dead letter needs, so that nothing is lost.
-pub(super) struct Item {
-    pub(super) tag: DeliveryTag,
-    pub(super) reply_to: Option<ShortString>,
-    pub(super) correlation_id: Option<ShortString>,
-    pub(super) properties: AMQPProperties,
+pub(crate) struct Item {
+    pub(crate) tag: DeliveryTag,
+    pub(crate) reply_to: Option<ShortString>,
+    pub(crate) correlation_id: Option<ShortString>,
+    pub(crate) properties: AMQPProperties,
     /// What was sent; of more than [`MAX_REQUEST_BYTES`] only so much.
-    pub(super) payload: Vec<u8>,
+    pub(crate) payload: Vec<u8>,
     /// How much was sent, bytes.
-    pub(super) size: usize,
+    pub(crate) size: usize,
     /// What was asked, where it could be read.
-    pub(super) request: Option<Request>,
+    pub(crate) request: Option<Request>,
     /// When it was enqueued, by the sender's clock, milliseconds since the Unix epoch.
-    pub(super) enqueued_at_ms: Option<u64>,
+    pub(crate) enqueued_at_ms: Option<u64>,
 }
 
 /// What intake makes of a delivery: a submission for the ledger, or a verdict already.
-pub(super) fn read(delivery: Delivery, worker: &Worker) -> (Item, Result<Submission, Verdict>) {
+///
+/// `may_reply`: whether a reply may go to this queue.
+pub(crate) fn read(
+    delivery: Delivery,
+    directory: &Directory,
+    may_reply: impl Fn(&str) -> bool,
+) -> (Item, Result<Submission, Verdict>) {
     let Delivery { delivery_tag, properties, mut data, .. } = delivery;
     let message_id = properties.message_id().as_ref().map(ShortString::as_str);
     let read = Request::from_json(&data, message_id);
@@ -40,7 +47,7 @@ pub(super) fn read(delivery: Delivery, worker: &Worker) -> (Item, Result<Submiss
     }
     let mut item = Item {
         tag: delivery_tag,
-        reply_to: properties.reply_to().clone().filter(|reply_to| may_reply(worker, reply_to.as_str())),
+        reply_to: properties.reply_to().clone().filter(|reply_to| may_reply(reply_to.as_str())),
         correlation_id: properties.correlation_id().clone(),
         enqueued_at_ms: enqueued_at(&properties),
         properties,
@@ -49,7 +56,7 @@ pub(super) fn read(delivery: Delivery, worker: &Worker) -> (Item, Result<Submiss
         request: None,
     };
     let rejected = |rejection: Rejection| Err(Verdict::Rejected(rejection));
-    let outcome = match read.map(|request| Submission::new(request, &worker.directory)) {
+    let outcome = match read.map(|request| Submission::new(request, directory)) {
         Err(rejection) => rejected(rejection),
         Ok(Err((request, rejection))) => {
             item.request = Some(*request);
@@ -61,7 +68,7 @@ pub(super) fn read(delivery: Delivery, worker: &Worker) -> (Item, Result<Submiss
 }
 
 /// Whether there is anybody to tell the verdict. Where a reply may not go, the request is one without a reply.
-fn may_reply(worker: &Worker, reply_to: &str) -> bool {
+pub(super) fn may_reply(worker: &Worker, reply_to: &str) -> bool {
     let allowed = reply_to::is_allowed(worker, reply_to);
     if !reply_to.is_empty() && !allowed {
         worker.metrics.replies_lost.with_label_values(&["bad_reply_to"]).inc();

@@ -4,7 +4,7 @@
 //! the next one starts from the beginning; every request that was not settled is delivered again and finds its stored verdict.
 
 mod acks;
-mod intake;
+pub(crate) mod intake;
 mod outbox;
 mod process;
 mod reply_to;

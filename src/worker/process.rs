@@ -30,7 +30,7 @@ pub(super) type Open = Vec<(Item, Submission)>;
 pub(super) fn sort(worker: &Worker, deliveries: impl Iterator<Item = Delivery>) -> (Decided, Open) {
     let (mut rejected, mut submissions) = (Vec::new(), Vec::new());
     for delivery in deliveries {
-        match intake::read(delivery, worker) {
+        match intake::read(delivery, &worker.directory, |queue| intake::may_reply(worker, queue)) {
             (item, Ok(submission)) => submissions.push((item, submission)),
             (item, Err(verdict)) => rejected.push((item, verdict)),
         }

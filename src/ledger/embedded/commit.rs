@@ -8,7 +8,7 @@ use redb::{ReadableTable, Table, WriteTransaction};
 use super::read::{log_entry, retained_entry};
 use super::store::{EXPIRIES, Failure, LOG, META, QUOTA, REQUESTS, RETAINED, RequestRow, USED, USED_EXPIRIES};
 use crate::broadcast::app::AppKey;
-use crate::broadcast::envelope::{self, Content};
+use crate::broadcast::envelope::{self, Content, Envelope};
 use crate::broadcast::quota::{Limits, Quota};
 use crate::broadcast::request::Submission;
 use crate::broadcast::retention::MAX_RETAINED;
@@ -229,7 +229,16 @@ impl<'txn> Tables<'txn> {
             meta.head = meta.head.max(head);
             self.put_meta(app, &meta)?;
         }
-        for id in recalled {
+        // What was deleted after what the node knows must not come back with it.
+        let mut recalled = recalled.to_vec();
+        for row in self.log.range((app, head.saturating_add(1))..=(app, u64::MAX))? {
+            let entry = Envelope::read(row?.1.value()).map(|envelope| envelope.content);
+            recalled.extend(entry.ok().and_then(|content| match content {
+                Content::Recall(id) => Some(id),
+                Content::Broadcast { .. } | Content::Newer(_) => None,
+            }));
+        }
+        for id in &recalled {
             if self.retained.remove((app, *id))?.is_some() {
                 self.writes += 1;
             }

@@ -1,6 +1,6 @@
 //! The Redis ledger: one script a decision, on one hash slot an app, on a single server, behind Sentinel, or in a cluster.
 
-mod answers;
+pub(crate) mod answers;
 mod connect;
 mod feed;
 mod keys;

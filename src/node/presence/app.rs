@@ -18,6 +18,7 @@ const MAX_HELD: usize = 1024;
 
 /// An app that the node has a lease for, or is about to.
 pub struct App {
+    /// Its key.
     pub key: AppKey,
     /// Tells it from an earlier opening of the same app, whose calls may still be under way.
     pub incarnation: u64,
@@ -70,6 +71,7 @@ pub enum Update {
 }
 
 impl App {
+    /// One of which nothing is known yet.
     pub const fn new(key: AppKey, incarnation: u64) -> Self {
         Self {
             key,

@@ -4,7 +4,7 @@
 //! The subscription is only the fast path; the ledger's log is the truth. Whatever may have been missed is found by comparing
 //! positions: a `prev` that is not known, or the head that a lease renewal returns.
 
-mod app;
+pub(crate) mod app;
 mod leases;
 mod operations;
 

@@ -163,15 +163,12 @@ impl Shard {
             return;
         };
         let resume_ms = self.shared.settings.resume_seconds.saturating_mul(1000);
-        let (reader, pending) = timeline.admit(session.cursor, session.platform, self.shared.clock.now_ms(), resume_ms);
-        session.login_head = reader.login_head;
-        session.resume_from = reader.resume_from;
-        session.state = State::Open;
+        let pending = session.admit(timeline, self.shared.clock.now_ms(), resume_ms);
         // Never 0, which would make it a new device again when it comes back.
-        let head = reader.login_head.max(1);
+        let head = session.login_head.max(1);
         // The name says where the session is: shard, generation and place.
         let name = format!("{number:x}-{:x}", token.0);
-        tracing::debug!(session = %name, since = reader.cursor, head, pending, "logged in");
+        tracing::debug!(session = %name, since = session.cursor, head, pending, "logged in");
         session.push(&codec::text(&format!(
             r#"{{"type":"welcome","session":"{name}","head":{head},"pending":{pending}}}"#
         )));

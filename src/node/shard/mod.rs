@@ -7,8 +7,8 @@ mod inbox;
 mod input;
 mod leave;
 mod members;
-mod session;
-mod sweep;
+pub(crate) mod session;
+pub(crate) mod sweep;
 mod timers;
 
 use std::collections::VecDeque;
@@ -185,7 +185,7 @@ impl Shard {
         self.generation = self.generation.wrapping_add(1) & 0x7fff_ffff;
         let entry = self.sessions.vacant_entry();
         let token = token(entry.key(), self.generation);
-        let session = entry.insert(Session::new(socket, permit, self.generation));
+        let session = entry.insert(Session::new(socket, Some(permit), self.generation));
         if let Err(error) = self.poll.registry().register(&mut session.socket, token, Interest::READABLE) {
             tracing::warn!(shard = self.number, %error, "a connection cannot be watched");
             self.remove(token, "system");
@@ -223,7 +223,7 @@ impl Shard {
         }
         let was_behind = session.is_behind;
         let result = session
-            .write(timeline, &self.shared.clock, &mut self.delivered)
+            .write(timeline, || self.shared.clock.now_ms(), &mut self.delivered)
             .and_then(|written| session.watch(self.poll.registry(), token, written == Written::Some).map(|_| written));
         let behind = &self.shared.metrics.sessions_behind;
         match result {

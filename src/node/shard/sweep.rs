@@ -8,7 +8,7 @@ use std::time::Instant;
 use mio::Token;
 
 use super::members::{Lap, Members};
-use super::session::State;
+use super::session::{Session, State};
 use super::{Shard, key};
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::Platform;
@@ -47,7 +47,7 @@ struct Told {
 }
 
 /// What all sessions of one platform that are at one cursor are to be sent.
-struct Batch {
+pub struct Batch {
     cursor: BroadcastId,
     platform: Platform,
     entries: Vec<Arc<Entry>>,
@@ -88,6 +88,71 @@ impl Batch {
 impl View {
     pub(super) fn told_len(&self) -> usize {
         self.told.len()
+    }
+}
+
+/// What a visit leaves to be done with the session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// It has had everything, or its turn comes when it is writable.
+    Nothing,
+    /// What it has not had is to be written in portions.
+    Flush,
+    /// It is too far behind.
+    Evict,
+    /// The connection is gone.
+    Lost,
+}
+
+/// Sends an open session what it has not had, if that goes out in one piece.
+pub fn offer<S: Write>(
+    session: &mut Session<S>,
+    timeline: &Timeline,
+    batches: &mut Vec<Batch>,
+    now_ms: impl Fn() -> u64,
+    delivered: &mut u64,
+) -> Next {
+    if session.is_behind {
+        // Its turn comes when it is writable; here it is only noticed if that is too late.
+        return if timeline.has_left_behind(session.reader()) { Next::Evict } else { Next::Nothing };
+    }
+    if session.cursor >= timeline.last() {
+        return Next::Nothing;
+    }
+    // A flush either brings it up to date or leaves it behind.
+    debug_assert!(session.outgoing.is_none() && session.cursor >= session.login_head);
+    let (cursor, platform) = (session.cursor, session.platform);
+    // Looked at for each session: a slice may take long, or the whole process be held up in it.
+    let now_ms = now_ms();
+    let fits = |batch: &Batch| batch.cursor == cursor && batch.platform == platform && now_ms < batch.expires_ms;
+    let index = batches.iter().position(fits);
+    let index = index.unwrap_or_else(|| {
+        batches.push(Batch::new(timeline, cursor, platform, now_ms));
+        batches.len() - 1
+    });
+    let batch = &mut batches[index];
+    let Some(bytes) = batch.bytes().filter(|_| !timeline.has_left_behind(session.reader())) else {
+        return Next::Flush;
+    };
+    let sent = if bytes.is_empty() { Ok(0) } else { session.socket.write(bytes) };
+    match sent {
+        Ok(sent) if sent == bytes.len() => {
+            session.cursor = timeline.last();
+            batch.sessions += 1;
+            failpoint::reached("node::mid-sweep", "");
+            Next::Nothing
+        }
+        Ok(mut sent) => {
+            for entry in &batch.entries {
+                if sent == 0 {
+                    break;
+                }
+                sent -= session.sent_of(entry, sent, delivered);
+            }
+            Next::Flush
+        }
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Next::Flush,
+        Err(_) => Next::Lost,
     }
 }
 
@@ -195,51 +260,11 @@ impl Shard {
             State::Open => {}
             _ => return,
         }
-        if session.is_behind {
-            // Its turn comes when it is writable; here it is only noticed if that is too late.
-            if timeline.has_left_behind(session.reader()) {
-                self.evict(token);
-            }
-            return;
-        }
-        if session.cursor >= timeline.last() {
-            return;
-        }
-        // A flush either brings it up to date or leaves it behind.
-        debug_assert!(session.outgoing.is_none() && session.cursor >= session.login_head);
-        let (cursor, platform) = (session.cursor, session.platform);
-        // Looked at for each session: a slice may take long, or the whole process be held up in it.
-        let now_ms = self.shared.clock.now_ms();
-        let fits = |batch: &Batch| batch.cursor == cursor && batch.platform == platform && now_ms < batch.expires_ms;
-        let index = batches.iter().position(fits);
-        let index = index.unwrap_or_else(|| {
-            batches.push(Batch::new(timeline, cursor, platform, now_ms));
-            batches.len() - 1
-        });
-        let batch = &mut batches[index];
-        let Some(bytes) = batch.bytes().filter(|_| !timeline.has_left_behind(session.reader())) else {
-            return self.flush(token);
-        };
-        let sent = if bytes.is_empty() { Ok(0) } else { session.socket.write(bytes) };
-        match sent {
-            Ok(sent) if sent == bytes.len() => {
-                session.cursor = timeline.last();
-                batch.sessions += 1;
-                failpoint::reached("node::mid-sweep", "");
-            }
-            Ok(mut sent) => {
-                for entry in &batch.entries {
-                    if sent == 0 {
-                        break;
-                    }
-                    sent -= session.sent_of(entry, sent, &mut self.delivered);
-                }
-                self.flush(token);
-            }
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                self.flush(token);
-            }
-            Err(_) => self.remove(token, "connection_lost"),
+        match offer(session, timeline, batches, || self.shared.clock.now_ms(), &mut self.delivered) {
+            Next::Nothing => {}
+            Next::Flush => self.flush(token),
+            Next::Evict => self.evict(token),
+            Next::Lost => self.remove(token, "connection_lost"),
         }
     }
 

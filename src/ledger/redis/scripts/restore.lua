@@ -16,6 +16,14 @@ for i = 5, 4 + tonumber(ARGV[4]) do
   recalled[ARGV[i]] = true
   redis.call('ZREMRANGEBYSCORE', KEYS[3], ARGV[i], ARGV[i])
 end
+-- What was deleted after what the node knows must not come back with it.
+local later = redis.call('XRANGE', KEYS[2], '(' .. ARGV[1] .. '-0', '+')
+for i = 1, #later do
+  local target = string.match(later[i][2][2], '"recall":(%d+)}$')
+  if target then
+    recalled[target] = true
+  end
+end
 prune(KEYS[3], now_ms)
 local added = {}
 for i = 5 + tonumber(ARGV[4]), #ARGV do
