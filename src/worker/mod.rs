@@ -8,6 +8,7 @@ mod intake;
 mod outbox;
 mod process;
 mod session;
+mod suspects;
 mod topology;
 
 use std::sync::Arc;
