@@ -7,6 +7,8 @@
 
 mod cluster;
 mod commands;
+mod crash;
+mod crash_loop;
 mod differential;
 mod drain;
 mod end_to_end;

@@ -95,6 +95,17 @@ impl Process {
         self
     }
 
+    /// Names points at which it is to be killed or stopped; see `src/failpoint.rs`.
+    pub fn failpoints(mut self, text: &str) -> Self {
+        self.environment.insert("FAILPOINTS".to_owned(), text.to_owned());
+        self
+    }
+
+    /// From the next start on there are none.
+    pub fn without_failpoints(&mut self) {
+        self.environment.remove("FAILPOINTS");
+    }
+
     /// Adds arguments behind the role.
     pub fn arguments(mut self, arguments: &[&str]) -> Self {
         self.arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));
