@@ -10,12 +10,21 @@ use crate::crash::state_of;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
-use crate::support::sender::{request, retained};
+use crate::support::sender::{Amqp, request, retained};
 use crate::support::stack::Stack;
 use crate::support::{SOON, until};
 
 /// How often a request may come back; the smallest for which the odds of a neighbour are far below one in a thousand.
 const DELIVERY_LIMIT: u32 = 25;
+
+/// Waits until so many messages are ready in a queue.
+async fn holds(amqp: &Amqp, queue: &str, count: u32) {
+    until(queue, SOON, async || match amqp.ready(queue).await {
+        ready if ready == count => Ok(()),
+        ready => Err(format!("{ready} of {count} are ready")),
+    })
+    .await;
+}
 
 /// Row 12: the poison is first in the queue, and everything behind it is prefetched together with it, again and again.
 #[tokio::test]
@@ -67,11 +76,7 @@ async fn a_request_that_kills_workers_is_dead_lettered_without_its_neighbours() 
     for _ in 0..3 {
         amqp.send(b"no request").await;
     }
-    until("all dead letters", SOON, async || match amqp.ready("broadcast.dead").await {
-        4 => Ok(()),
-        count => Err(count),
-    })
-    .await;
+    holds(&amqp, "broadcast.dead", 4).await;
 
     // A redrive that is killed between the two queues loses nothing, and doubles nothing.
     worker.kill();
@@ -81,26 +86,18 @@ async fn a_request_that_kills_workers_is_dead_lettered_without_its_neighbours() 
         .failpoints("redrive::before-ack=1*return(kill)");
     redrive.spawn();
     assert!(!redrive.wait(SOON).await.success());
-    assert_eq!(amqp.ready("broadcast.requests").await, 1);
-    until("given back", SOON, async || match amqp.ready("broadcast.dead").await {
-        4 => Ok(()),
-        count => Err(count),
-    })
-    .await;
+    holds(&amqp, "broadcast.requests", 1).await;
+    holds(&amqp, "broadcast.dead", 4).await;
     redrive.without_failpoints();
     redrive.spawn();
     assert!(redrive.wait(SOON).await.success(), "{}", redrive.output());
     assert!(redrive.output().contains("1 moved, 3 left"), "{}", redrive.output());
-    assert_eq!(amqp.ready("broadcast.requests").await, 2);
+    holds(&amqp, "broadcast.requests", 2).await;
 
     // After an update that does not die of it.
     worker.without_failpoints();
     worker.restart().await;
-    until("both taken", SOON, async || match amqp.ready("broadcast.requests").await {
-        0 => Ok(()),
-        count => Err(count),
-    })
-    .await;
+    holds(&amqp, "broadcast.requests", 0).await;
     checkers[0].all_accepted(std::slice::from_ref(&poison), &[amqp.request(&poison).await]);
     for ((app, device), checker) in apps.iter().zip(&mut devices).zip(&mut checkers) {
         let end = request(app, "end");
