@@ -406,7 +406,13 @@ async fn a_refusal_is_told_only_when_the_broker_has_its_acknowledgement() {
     })
     .await;
     assert!(amqp.all_replies(&asked).is_empty());
+    // It never arrives: the broker, too, sees the end of that connection, and has the request again.
     proxy.weather(Weather::Cut);
+    until("given back", SOON, async || match amqp.ready("broadcast.requests").await {
+        1 => Ok(()),
+        ready => Err(ready),
+    })
+    .await;
     proxy.weather(Weather::Fair);
     // Delivered again, refused again, acknowledged; now it may be told.
     stopped(&worker).await;
