@@ -18,6 +18,7 @@ pub const POINTS: &[(&str, &str)] = &[
     ("worker::refusal-before-ack", "a request was refused; it is neither acknowledged nor answered (subject: its id)"),
     ("worker::refusal-after-ack", "a refused request was acknowledged; its sender was not told (subject: its id)"),
     ("worker::after-dead-letter", "dead letters are stored; the requests are not acknowledged"),
+    ("redrive::before-ack", "a dead letter is back in the queue of requests; it is not taken off the dead letters"),
     ("feed::message", "an envelope arrived on a node's channel (skip: as if it had been lost)"),
     ("node::after-subscribe", "a node has subscribed to an app; it has neither lease nor snapshot (subject: the app)"),
     (

@@ -32,8 +32,14 @@ pub fn run(data: &[u8]) {
         let rows = rows.into_iter().filter_map(|raw| Some(Stored { envelope: Envelope::read(&raw).ok()?, raw }));
         rows.inspect(|row| check(&row.envelope, &row.raw)).collect()
     };
-    let snapshot =
-        Snapshot { now_ms, head, generation: Generation("g".into()), log: read(log), retained: read(retained) };
+    let snapshot = Snapshot {
+        now_ms,
+        head,
+        generation: Generation("g".into()),
+        log: read(log),
+        retained: read(retained),
+        logged: None,
+    };
     let mut app = App::new(AppKey::parse("demo").expect("a key"), 1);
     for _ in 0..2 {
         app.start_reading();

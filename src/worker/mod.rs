@@ -9,6 +9,7 @@ mod outbox;
 mod process;
 mod reply_to;
 mod session;
+mod suspects;
 mod topology;
 
 use std::sync::Arc;

@@ -9,6 +9,8 @@ mod calls;
 mod clocks;
 mod cluster;
 mod commands;
+mod crash;
+mod crash_loop;
 mod differential;
 mod drain;
 mod embedded;

@@ -497,7 +497,7 @@ impl World {
         for (at, device) in self.devices.iter().enumerate() {
             for id in &retained {
                 let fact = &self.ledger.facts[id];
-                let is_sure = !fact.is_lost && !(fact.is_recalled && self.ledger.may_forget_recalls());
+                let is_sure = !(fact.is_lost || fact.is_recalled && self.ledger.may_forget_recalls());
                 if Self::is_for(fact, device.platform) && is_sure {
                     assert!(
                         device.history.binary_search(id).is_ok(),

@@ -136,6 +136,11 @@ impl Amqp {
         tokio::time::timeout(SOON, wait).await.unwrap_or_else(|_| panic!("no reply to {correlation} in {SOON:?}"))
     }
 
+    /// Every reply with this correlation id that has come so far.
+    pub fn all_replies(&self, correlation: &str) -> Vec<Value> {
+        self.replies.by_correlation.lock().unwrap().get(correlation).cloned().unwrap_or_default()
+    }
+
     /// Sends requests all at once and waits for all verdicts, in order.
     pub async fn burst(&self, requests: &[Value]) -> Vec<Value> {
         let payloads: Vec<String> = requests.iter().map(Value::to_string).collect();
