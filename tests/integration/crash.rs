@@ -98,7 +98,7 @@ impl Scene {
     }
 
     /// Another worker finishes what the killed one left: everything is accepted, once; `replies` to the victim's request.
-    async fn is_finished_by_another(mut self, requests: &[Value], asked: &[String], replies: usize) {
+    async fn finished_by_another(mut self, requests: &[Value], asked: &[String], replies: usize) {
         let _survivor = self.stack.worker().await;
         let answers = join_all(asked.iter().map(|correlation| self.amqp.reply(correlation))).await;
         let mut checker = Checker::default();
@@ -136,7 +136,7 @@ async fn killed_before_the_script_it_is_redelivered_and_accepted_once() {
     assert_eq!(scene.logged(), VICTIMS);
     assert!(!scene.is_stored(&requests[VICTIMS]));
     scene.victim.kill();
-    scene.is_finished_by_another(&requests, &asked, 1).await;
+    scene.finished_by_another(&requests, &asked, 1).await;
 }
 
 /// Row 2: the answer has come to the process, but nobody has read it.
@@ -151,7 +151,7 @@ async fn killed_before_the_answer_was_read_the_redelivery_finds_the_stored_verdi
     assert!(scene.is_stored(&requests[VICTIMS]));
     assert!(scene.amqp.all_replies(&asked[VICTIMS]).is_empty());
     scene.victim.kill();
-    scene.is_finished_by_another(&requests, &asked, 1).await;
+    scene.finished_by_another(&requests, &asked, 1).await;
 }
 
 /// Row 2: the answer never comes to the process; it asks again and again until it is killed.
@@ -174,7 +174,7 @@ async fn killed_while_the_answer_is_lost_the_redelivery_finds_the_stored_verdict
     assert!(scene.is_stored(&requests[VICTIMS]));
     assert_eq!(scene.amqp.replies(), VICTIMS);
     scene.victim.kill();
-    scene.is_finished_by_another(&requests, &asked, 1).await;
+    scene.finished_by_another(&requests, &asked, 1).await;
 }
 
 /// Row 3.
@@ -188,7 +188,7 @@ async fn killed_before_the_reply_the_next_worker_replies() {
     assert!(scene.is_stored(&requests[VICTIMS]));
     assert!(scene.amqp.all_replies(&asked[VICTIMS]).is_empty());
     scene.victim.kill();
-    scene.is_finished_by_another(&requests, &asked, 1).await;
+    scene.finished_by_another(&requests, &asked, 1).await;
 }
 
 /// Row 4.
@@ -201,7 +201,7 @@ async fn killed_before_the_acknowledgement_it_is_told_twice_and_sent_once() {
     scene.amqp.reply(&asked[VICTIMS]).await;
     assert_eq!(scene.amqp.all_replies(&asked[VICTIMS]).len(), 1);
     scene.victim.kill();
-    scene.is_finished_by_another(&requests, &asked, 2).await;
+    scene.finished_by_another(&requests, &asked, 2).await;
 }
 
 /// Row 5: it stands still with a decided request in hand until the broker has given that, and all the others that it held, to
