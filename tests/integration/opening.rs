@@ -65,7 +65,7 @@ async fn published_between_the_snapshot_and_going_live() {
     let app = App::unlimited();
     let stack = Stack::new(std::slice::from_ref(&app));
     let node = async {
-        without_renewals(stack.role("node")).failpoints("node::after-snapshot=800*return(skip)").start().await
+        without_renewals(stack.role("node")).failpoints("node::after-snapshot=1500*return(skip)").start().await
     };
     let (_worker, node) = tokio::join!(stack.worker(), node);
     let amqp = stack.amqp().await;
