@@ -40,7 +40,7 @@ async fn ten_thousand_logins_at_once_are_served_from_memory() {
     let node = async {
         let node = stack.role("node").with("node.accept_per_second", ACCEPTED.to_string());
         // All of them run on this machine: they may be slow to ask.
-        node.with("node.login_seconds", "60").start().await
+        node.with("node.login_seconds", "60").with("log.level", "info").start().await
     };
     let (worker, node) = tokio::join!(stack.worker(), node);
     let amqp = stack.amqp().await;

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 
@@ -368,4 +368,25 @@ async fn an_app_has_as_many_sessions_as_it_may() {
     until("a free place", SOON, async || next.try_login(&url).await).await;
     assert!(Device::new(&full, "web").try_login(&url).await.is_err());
     assert!(node.metrics().await.contains("broadcastd_connections_refused_total{reason=\"app_full\"}"));
+}
+
+/// Row 31, small: what comes at once is let in at the set pace, and waits in the listen queue until then.
+#[tokio::test]
+async fn a_storm_is_let_in_at_the_set_pace_and_the_rest_waits() {
+    const PACE: u32 = 20;
+    const STORM: usize = 300;
+    let stack = Stack::new(&[App::new()]);
+    let node = stack.role("node").with("node.accept_per_second", PACE.to_string()).start().await;
+    let start = Instant::now();
+    let _storm: Vec<TcpStream> = (0..STORM).map(|_| connect(&node)).collect();
+    let accepted = node.metric("broadcastd_connections_total").await;
+    // The standard library's queue is 128 long: the others would not be connected before some of these are accepted.
+    assert!(accepted < (STORM - 128) as f64, "{accepted} accepted after {:?}", start.elapsed());
+    until("60 accepted", SOON, async || {
+        let accepted = node.metric("broadcastd_connections_total").await;
+        let most = f64::from(PACE) * start.elapsed().as_secs_f64() + 1.0;
+        assert!(accepted <= most, "{accepted} accepted after {:?}", start.elapsed());
+        if accepted >= 60.0 { Ok(()) } else { Err(accepted) }
+    })
+    .await;
 }
