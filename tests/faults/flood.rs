@@ -18,6 +18,8 @@ use crate::support::stack::Stack;
 use crate::support::{unique, until};
 
 const FLOOD: usize = 100_000;
+/// How many wait in the common queue before another app's request.
+const BEHIND: usize = 20_000;
 /// Draining 100,000 requests in a debug build on a busy machine.
 const LONG: Duration = Duration::from_secs(300);
 const MIB: usize = 1 << 20;
@@ -39,7 +41,7 @@ async fn latencies(least: usize, done: impl Fn() -> bool, ask: impl AsyncFn()) -
 }
 
 /// Puts so many requests of an app into the queue behind a routing key, whose verdicts go to a queue that nobody reads.
-async fn enqueue_flood(url: &str, app: &App, routing_key: &str) {
+async fn enqueue_flood(url: &str, app: &App, routing_key: &str, count: usize) {
     let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
@@ -47,7 +49,7 @@ async fn enqueue_flood(url: &str, app: &App, routing_key: &str) {
     one.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
     channel.queue_declare("unread".into(), QueueDeclareOptions::durable(), one).await.unwrap();
     let run = unique("flood");
-    for thousand in 0..FLOOD / 1000 {
+    for thousand in 0..count / 1000 {
         let mut confirms = Vec::with_capacity(1000);
         for number in 0..1000 {
             let payload =
@@ -74,7 +76,8 @@ async fn refused(worker: &Process) -> f64 {
 /// behind it, for as long as its refusal takes: that is measured here too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
-    let (loud, quiet) = (App::new(), App::unlimited());
+    // The limit of a day: however long this takes, no more than ten are accepted.
+    let (loud, quiet) = (App { per_day: 10, ..App::new() }, App::unlimited());
     let rabbitmq = RabbitMq::dedicated();
     let redis = Redis::dedicated(&[]);
     let stack = Stack::on(&rabbitmq.vhost().url, &redis.url(), &[loud.clone(), quiet.clone()]);
@@ -95,7 +98,7 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
         amqp.accepted(&request(&quiet, "quiet")).await;
     };
     let enqueuing = Instant::now();
-    enqueue_flood(&stack.amqp_url, &loud, "request.loud").await;
+    enqueue_flood(&stack.amqp_url, &loud, "request.loud", FLOOD).await;
     println!("{FLOOD} requests enqueued in {:?}", enqueuing.elapsed());
     latencies(50, || true, ask).await;
     let idle = median(latencies(300, || true, ask).await);
@@ -124,7 +127,7 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
     // First come, first served: in the common queue the next request of another app waits for all of these.
     let mut common = common;
     common.drain(LONG).await;
-    enqueue_flood(&stack.amqp_url, &loud, "request").await;
+    enqueue_flood(&stack.amqp_url, &loud, "request", BEHIND).await;
     let behind = amqp.ask(request(&quiet, "behind the flood").to_string().as_bytes()).await;
     let flooding = Instant::now();
     common.restart().await;
@@ -139,9 +142,9 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
         }
     })
     .await;
-    println!("in the common queue, behind {FLOOD} of another app: {:?}", flooding.elapsed());
+    println!("in the common queue, behind {BEHIND} of another app: {:?}", flooding.elapsed());
     assert_eq!(reply.unwrap()["code"], 200);
-    assert!(common.metric("broadcastd_refused_total").await >= (FLOOD - 10) as f64);
+    assert!(common.metric("broadcastd_refused_total").await >= BEHIND as f64);
 }
 
 /// By the server API: an app has at most its share of calls under way, so at most that many requests stand before another's.
@@ -160,7 +163,7 @@ async fn a_flood_by_the_api_is_refused_and_hardly_felt_by_another_app() {
     latencies(50, || true, ask).await;
     let idle = median(latencies(200, || true, ask).await);
 
-    // Twice as many callers as the share, each asking again at once: some are always turned away.
+    // Twice as many callers as the share, each asking again soon: some are always turned away.
     let done = AtomicBool::new(false);
     let (over_limit, busy) = (AtomicU64::new(0), AtomicU64::new(0));
     let flood = join_all((0..2 * SHARE).map(async |_| {
@@ -172,6 +175,8 @@ async fn a_flood_by_the_api_is_refused_and_hardly_felt_by_another_app() {
                 Some(200) => 0,
                 other => panic!("{other:?}"),
             };
+            // Twenty a second each: it is the service that is measured, not what its callers leave of the machine.
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }));
     let measuring = async {
@@ -182,7 +187,7 @@ async fn a_flood_by_the_api_is_refused_and_hardly_felt_by_another_app() {
     let (flooded, _) = tokio::join!(measuring, flood);
     let (over_limit, busy) = (over_limit.into_inner(), busy.into_inner());
     println!("idle median {idle:?}, under a flood of {over_limit} times 416 and {busy} times 503: {flooded:?}");
-    assert!(over_limit + busy > 300, "that was no flood");
+    assert!(over_limit + busy > 100, "that was no flood");
 
     // The bound itself, exactly: with nobody to decide, as many as the share are in the queue and the others are told.
     worker.drain(LONG).await;
