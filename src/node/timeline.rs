@@ -208,21 +208,22 @@ impl Timeline {
             self.last = head;
             result.replaced = true;
         }
-        // Another node may have written back what this one never had.
         let recalled = self.recalled();
         let held: Vec<BroadcastId> = self.retained.after(0, now_ms).map(|(id, _)| id).collect();
+        // What the ledger retains no more was deleted, by a recall that is gone from the log.
+        if complete {
+            for id in held.iter().filter(|id| **id <= head && valid.binary_search(id).is_err()) {
+                if self.retained.remove(*id).is_some() {
+                    result.replaced = true;
+                    result.lost = result.lost.max(1);
+                }
+            }
+        }
+        // Another node may have written back what this one never had.
         for entry in older {
             if held.binary_search(&entry.id).is_err() && !recalled.contains(&entry.id) && !entry.expired(now_ms) {
                 self.retained.insert(entry.id, entry.expires_ms, entry, now_ms);
                 result.replaced = true;
-            }
-        }
-        // A recall may be among the lost.
-        if result.lost > 0 && complete {
-            for id in held {
-                if id <= head && valid.binary_search(&id).is_err() && self.retained.remove(id).is_some() {
-                    result.replaced = true;
-                }
             }
         }
         result
