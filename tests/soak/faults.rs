@@ -65,6 +65,7 @@ impl Fault {
             43..48 => Self::RedisFull(seconds(rng, 8)),
             48..55 => Self::RedisClients(if rng.bool() { "pubsub" } else { "normal" }),
             55..58 => Self::ScriptFlush,
+            58..64 if !installation.broker_starts_quickly => Self::BrokerConnections,
             58..61 => Self::BrokerRestart(seconds(rng, 5)),
             61..64 => Self::BrokerKill(seconds(rng, 5)),
             64..68 => Self::BrokerFreeze(seconds(rng, 15)),
@@ -153,15 +154,7 @@ impl Fault {
                 let mut rabbitmq = on.rabbitmq.lock().await;
                 block_in_place(|| if matches!(self, Self::BrokerKill(_)) { rabbitmq.kill() } else { rabbitmq.stop() });
                 sleep(*pause).await;
-                rabbitmq.start_without_waiting();
-                // An Erlang node takes minutes to come up on a machine that is busy enough.
-                for _ in 0..240 {
-                    if tokio::net::TcpStream::connect(("127.0.0.1", rabbitmq.port())).await.is_ok() {
-                        break;
-                    }
-                    sleep(Duration::from_secs(1)).await;
-                }
-                block_in_place(|| rabbitmq.wait_ready());
+                block_in_place(|| rabbitmq.start());
             }
             Self::BrokerFreeze(time) => {
                 let rabbitmq = on.rabbitmq.lock().await;

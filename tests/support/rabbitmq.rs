@@ -14,8 +14,8 @@ use super::{ports, unique, until_blocking};
 /// `guest:guest`, for basic authentication.
 const GUEST: &str = "Basic Z3Vlc3Q6Z3Vlc3Q=";
 
-/// An Erlang node takes 5 to 10 s to come up here, more when the machine is busy.
-const BOOT: Duration = Duration::from_secs(120);
+/// An Erlang node takes 5 to 10 s to come up here, and minutes when the machine is busy enough.
+const BOOT: Duration = Duration::from_secs(300);
 
 /// One rabbitmq-server. It is killed when dropped.
 #[derive(Debug)]
