@@ -1,7 +1,7 @@
 //! What the soak runs: private servers, two of each role, and a proxy in front of everything that talks to a server.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::Mutex;
 use tokio::task::block_in_place;
@@ -35,22 +35,15 @@ pub struct Installation {
     /// The same without anything in between.
     pub direct_urls: Vec<String>,
     pub api_urls: Vec<String>,
-    /// Not on a machine that is so busy that most of the run would be waiting for it.
-    pub broker_starts_quickly: bool,
 }
-
-/// What an Erlang node may take to come up to be restarted in the run.
-const QUICKLY: Duration = Duration::from_secs(40);
 
 impl Installation {
     pub async fn start(apps: &[App]) -> Self {
-        let began = Instant::now();
         let (rabbitmq, redis) = block_in_place(|| {
             let rabbitmq = RabbitMq::dedicated();
             // Synced at each write: with everysec a kill may lose what was written while a sync was under way.
             (rabbitmq, Redis::dedicated(&["--appendonly", "yes", "--appendfsync", "always"]))
         });
-        let broker_starts_quickly = began.elapsed() < QUICKLY;
         let vhost = rabbitmq.vhost();
         let stack = Stack::on(&vhost.url, &redis.url(), apps);
         let mut proxies = BTreeMap::new();
@@ -99,7 +92,6 @@ impl Installation {
             device_urls,
             direct_urls,
             api_urls,
-            broker_starts_quickly,
         }
     }
 

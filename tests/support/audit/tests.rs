@@ -86,6 +86,7 @@ impl Story {
 
     /// Everything found, in one string.
     fn end(mut self) -> String {
+        self.audit.log(&self.app.clone(), &[], self.now_ms + 1);
         self.audit.finish(self.now_ms);
         self.audit.take_violations().join("\n")
     }
@@ -341,6 +342,7 @@ fn what_is_settled_is_forgotten() {
     for id in 0..5_000 {
         story.accept(2001 + id, &json!({}));
         story.arrive(2001 + id);
+        story.audit.log(&story.app.clone(), &[], story.now_ms + 1);
         story.audit.tick(story.now_ms);
         most = most.max(story.audit.size());
     }
