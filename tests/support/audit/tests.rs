@@ -218,6 +218,24 @@ fn what_expires_or_is_deleted_is_never_late() {
 }
 
 #[test]
+fn what_newer_ones_push_out_before_its_turn_is_not_missed() {
+    let expires = json!({ "expires": START + 1_000_000 });
+    let login = |pushed_out: bool| {
+        let mut story = Story::new(App::unlimited());
+        (2001..2101).for_each(|id| story.accept(id, &expires));
+        story.audit.login(story.device, 0, 2100, 0, story.now_ms, story.now_ms);
+        if pushed_out {
+            story.accept(2101, &expires);
+        }
+        // The second comes first: the oldest was gone, or was lost.
+        (2002..2101).for_each(|id| story.arrive(id));
+        story
+    };
+    expect(login(true), "");
+    expect(login(false), "2001 never arrived at its login");
+}
+
+#[test]
 fn flaws_of_the_log_are_found() {
     let mut story = Story::online();
     story.accept(2001, &json!({}));
