@@ -175,7 +175,7 @@ fn find_test(reference: &str) -> Result<(), String> {
     let at = lines.iter().position(|line| line.contains(&wanted)).ok_or_else(|| format!("{file} has no {name}"))?;
     let attributes = || lines[..at].iter().rev().take_while(|line| line.starts_with('#') || line.starts_with("//"));
     let is_test = |line: &&str| line.starts_with("#[test]") || line.starts_with("#[tokio::test");
-    if !attributes().any(|line| is_test(line)) {
+    if !attributes().any(is_test) {
         return Err(format!("{name} is no test"));
     }
     if attributes().any(|line| line.starts_with("#[ignore")) { Err(format!("{name} is not run")) } else { Ok(()) }
