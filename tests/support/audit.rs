@@ -31,7 +31,7 @@ pub struct Rules {
     pub dedupe_ms: u64,
     /// A device that is back within this counts as having been online, milliseconds.
     pub resume_ms: u64,
-    /// How long a request may be without an end, milliseconds.
+    /// How long a request may be without an end while nothing is wrong, milliseconds.
     pub patience_ms: u64,
     /// How late a retained broadcast may arrive at a device that reads all the time, milliseconds: the machine is busy.
     pub late_ms: u64,
@@ -54,6 +54,8 @@ pub struct Counts {
     pub logins: u64,
     /// Broadcasts that devices had.
     pub arrivals: u64,
+    /// Accepted twice, with more time in between than their ids are remembered.
+    pub forgotten: u64,
     /// Of those due, not had because they expired on the way.
     pub expired: u64,
     /// Not had because they were deleted on the way.
@@ -86,6 +88,8 @@ pub struct Audit {
     requests: HashMap<String, Request>,
     devices: BTreeMap<u64, DeviceAudit>,
     next_device: u64,
+    /// Nothing is wrong since then; `None`: something is.
+    calm_since_ms: Option<u64>,
     counts: Counts,
     violations: Vec<String>,
     violation_count: u64,
@@ -106,6 +110,7 @@ impl Audit {
             requests: HashMap::new(),
             devices: BTreeMap::new(),
             next_device: 1,
+            calm_since_ms: Some(0),
             counts: Counts::default(),
             violations: Vec::new(),
             violation_count: 0,
@@ -122,6 +127,11 @@ impl Audit {
     /// Something else was found broken.
     pub fn broken(&mut self, sentence: impl Into<String>) {
         self.violation(sentence.into());
+    }
+
+    /// Something goes wrong from now on, or no longer: requests need not end meanwhile.
+    pub fn hold(&mut self, on: bool, now_ms: u64) {
+        self.calm_since_ms = (!on).then_some(now_ms);
     }
 
     /// The sentences found since the last call.
@@ -279,8 +289,11 @@ impl Audit {
         let mut wrong = Vec::new();
         if let Some((before, at)) = again {
             let after = time_ms.saturating_sub(at);
-            let known = if after > self.rules.dedupe_ms { " (its id was no longer remembered)" } else { "" };
-            wrong.push(format!("I1: {request_id} was accepted as {before} and {after} ms later as {id}{known}"));
+            if after > self.rules.dedupe_ms {
+                self.counts.forgotten += 1;
+            } else {
+                wrong.push(format!("I1: {request_id} was accepted as {before} and {after} ms later as {id}"));
+            }
         }
         if let Some(told) = request.told.filter(|told| *told != id) {
             wrong.push(format!("I1: {request_id} was told {told}, but the log has {id}"));
@@ -345,7 +358,8 @@ impl Audit {
             app.forget(now_ms.saturating_sub(REMEMBERED_MS));
         }
         for (id, request) in &mut self.requests {
-            if request.is_open && now_ms.saturating_sub(request.first_ms) > self.rules.patience_ms {
+            let waited_ms = self.calm_since_ms.map_or(0, |since| now_ms.saturating_sub(since.max(request.first_ms)));
+            if request.is_open && waited_ms > self.rules.patience_ms {
                 request.is_open = false;
                 let (app, attempts) = (&request.app, request.attempts);
                 let patience = self.rules.patience_ms;

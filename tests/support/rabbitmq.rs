@@ -39,8 +39,8 @@ pub fn as_user(url: &str, login: &str) -> String {
     format!("{scheme}://{login}@{}", rest.rsplit_once('@').map_or(rest, |(_, host)| host))
 }
 
-/// An Erlang node takes 5 to 10 s to come up here, more when the machine is busy.
-const BOOT: Duration = Duration::from_secs(120);
+/// An Erlang node takes 5 to 10 s to come up here, and minutes when the machine is busy enough.
+const BOOT: Duration = Duration::from_secs(300);
 
 /// One rabbitmq-server. It is killed when dropped.
 #[derive(Debug)]

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 
+/// The answers of one reading: retained envelopes, day, minute, log.
+type Answers = (Vec<Vec<u8>>, Option<String>, Option<Vec<u8>>, redis::Value);
+
 /// The state of one app.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stored {
@@ -18,9 +21,6 @@ pub struct Stored {
     pub log: Vec<u64>,
 }
 
-/// The retained set, the day's and the minute's counter, the log.
-type Answers = (Vec<Vec<u8>>, Option<String>, Option<Vec<u8>>, redis::Value);
-
 impl Stored {
     /// Reads it. `prefix` and `app` as the roles know them.
     pub async fn read(connection: &mut MultiplexedConnection, prefix: &str, app: &str) -> Result<Self, String> {
@@ -28,8 +28,8 @@ impl Stored {
         let mut pipeline = redis::pipe();
         pipeline.atomic().cmd("ZRANGE").arg(key("retained")).arg(0).arg(-1).cmd("GET").arg(key("rate:day"));
         pipeline.cmd("GET").arg(key("rate:minute")).cmd("XRANGE").arg(key("log")).arg("-").arg("+");
-        let answers = pipeline.query_async(connection).await.map_err(|error| error.to_string())?;
-        let (retained, day, minute, log): Answers = answers;
+        let answers: Answers = pipeline.query_async(connection).await.map_err(|error| error.to_string())?;
+        let (retained, day, minute, log) = answers;
         let mut stored = Self::default();
         for envelope in retained {
             let envelope: Value = serde_json::from_slice(&envelope).map_err(|error| error.to_string())?;

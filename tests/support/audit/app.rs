@@ -55,7 +55,7 @@ pub struct AppAudit {
     head: u64,
     head_ms: u64,
     /// The log is known as of this time.
-    read_at_ms: u64,
+    pub read_at_ms: u64,
     retained: BTreeMap<u64, u64>,
     /// When the latest were accepted; ascending.
     accepted_ms: VecDeque<u64>,

@@ -135,7 +135,8 @@ impl Session {
                 Step::Arrived(arrival) => (arrival.id, arrival.arrived_ms),
                 Step::Passed { cursor, at_ms } => (*cursor, *at_ms),
             };
-            if up_to > app.head() {
+            // What was deleted or pushed out until then must be known, too.
+            if up_to > app.head() || at_ms >= app.read_at_ms {
                 return;
             }
             let step = self.steps.pop_front().unwrap();
@@ -189,7 +190,9 @@ impl Session {
             counts.recalled += u64::from(is_live);
             return None;
         }
-        let is_retained = entry.expires_ms > 0 && entry.trimmed.is_none();
+        // Pushed out between its welcome and its turn, it is not among the newest 100 any more.
+        let is_kept = entry.trimmed.is_none_or(|(_, trimmed_ms)| trimmed_ms > at_ms);
+        let is_retained = entry.expires_ms > 0 && is_kept;
         let is_recent = self.since > 0 && entry.time_ms > self.welcome_ms.saturating_sub(rules.resume_ms);
         if !is_live && !is_retained && !is_recent {
             counts.away += u64::from(self.since > 0);

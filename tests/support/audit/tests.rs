@@ -86,6 +86,7 @@ impl Story {
 
     /// Everything found, in one string.
     fn end(mut self) -> String {
+        self.audit.log(&self.app.clone(), &[], self.now_ms + 1);
         self.audit.finish(self.now_ms);
         self.audit.take_violations().join("\n")
     }
@@ -217,6 +218,24 @@ fn what_expires_or_is_deleted_is_never_late() {
 }
 
 #[test]
+fn what_newer_ones_push_out_before_its_turn_is_not_missed() {
+    let expires = json!({ "expires": START + 1_000_000 });
+    let login = |pushed_out: bool| {
+        let mut story = Story::new(App::unlimited());
+        (2001..2101).for_each(|id| story.accept(id, &expires));
+        story.audit.login(story.device, 0, 2100, 0, story.now_ms, story.now_ms);
+        if pushed_out {
+            story.accept(2101, &expires);
+        }
+        // The second comes first: the oldest was gone, or was lost.
+        (2002..2101).for_each(|id| story.arrive(id));
+        story
+    };
+    expect(login(true), "");
+    expect(login(false), "2001 never arrived at its login");
+}
+
+#[test]
 fn flaws_of_the_log_are_found() {
     let mut story = Story::online();
     story.accept(2001, &json!({}));
@@ -341,6 +360,7 @@ fn what_is_settled_is_forgotten() {
     for id in 0..5_000 {
         story.accept(2001 + id, &json!({}));
         story.arrive(2001 + id);
+        story.audit.log(&story.app.clone(), &[], story.now_ms + 1);
         story.audit.tick(story.now_ms);
         most = most.max(story.audit.size());
     }
