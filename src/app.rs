@@ -29,8 +29,6 @@ use crate::worker::Worker;
 
 /// Non-WebSocket connections that may wait to be taken over; further ones are answered 503 by the node.
 const HAND_OFF_CAPACITY: usize = 256;
-/// How many devices a draining node sends away a second, so that they do not all log in elsewhere at once.
-const LEAVES_A_SECOND: u64 = 1000;
 
 /// What a process does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -258,7 +256,7 @@ async fn drain_node(node: Node, metrics: Metrics, drain: DrainSettings, stop: Ca
     let sessions = u64::try_from(metrics.sessions.get()).unwrap_or(0);
     // A second is kept back for giving the leases up.
     let longest = drain.deadline_seconds.saturating_sub(1).max(1);
-    let window = (sessions / LEAVES_A_SECOND).clamp(1, longest);
+    let window = (sessions / u64::from(drain.leaves_per_second)).clamp(1, longest);
     node.drain(Instant::now() + Duration::from_secs(window)).await;
     Ok(())
 }

@@ -91,6 +91,8 @@ pub struct DrainSettings {
     pub notice_seconds: u64,
     /// From there to the exit, seconds.
     pub deadline_seconds: u64,
+    /// Devices that a node sends away in a second, if the deadline allows.
+    pub leaves_per_second: u32,
 }
 
 /// One `[[apps]]` table.
@@ -157,6 +159,9 @@ impl Settings {
         }
         if self.drain.notice_seconds > 3600 || self.drain.deadline_seconds > 3600 {
             return Err(SettingsError("drain.notice_seconds and drain.deadline_seconds are at most 3600".into()));
+        }
+        if self.drain.leaves_per_second == 0 {
+            return Err(SettingsError("drain.leaves_per_second is at least 1".into()));
         }
         self.directory().map(|_| ())
     }
