@@ -32,7 +32,8 @@ pub fn run(data: &[u8]) {
         let rows = rows.into_iter().filter_map(|raw| Some(Stored { envelope: Envelope::read(&raw).ok()?, raw }));
         rows.inspect(|row| check(&row.envelope, &row.raw)).collect()
     };
-    let snapshot = Snapshot { now_ms, head, generation: Generation("g".into()), log: read(log), retained: read(retained) };
+    let snapshot =
+        Snapshot { now_ms, head, generation: Generation("g".into()), log: read(log), retained: read(retained) };
     let mut app = App::new(AppKey::parse("demo").expect("a key"), 1);
     for _ in 0..2 {
         app.start_reading();
@@ -46,7 +47,9 @@ pub fn run(data: &[u8]) {
             let (reader, _) = timeline.admit(0, platform, now_ms, 60_000);
             let ids: Vec<u64> = timeline.after(reader, now_ms).map(|entry| entry.id).collect();
             assert!(ids.windows(2).all(|pair| pair[0] < pair[1]));
-            assert!(timeline.after(reader, now_ms).all(|entry| entry.targets.contains(platform) && !entry.expired(now_ms)));
+            assert!(
+                timeline.after(reader, now_ms).all(|entry| entry.targets.contains(platform) && !entry.expired(now_ms))
+            );
         }
     }
 }

@@ -14,7 +14,16 @@ const WINDOW_S: u64 = 300;
 
 /// Every parameter that a call knows.
 const NAMES: [&str; 11] = [
-    "body", "from", "isOffline", "ttl", "ttlSeconds", "targetOs", "requestId", "dedupeSeconds", "broadcastId", "limit",
+    "body",
+    "from",
+    "isOffline",
+    "ttl",
+    "ttlSeconds",
+    "targetOs",
+    "requestId",
+    "dedupeSeconds",
+    "broadcastId",
+    "limit",
     "type",
 ];
 

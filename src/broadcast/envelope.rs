@@ -15,9 +15,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{BroadcastId, MAX_ID};
 use super::platform::Platforms;
 use super::request::Request;
+use super::{BroadcastId, MAX_ID};
 
 /// The version that is written.
 pub const VERSION: u32 = 1;

@@ -122,8 +122,7 @@ pub fn read_head(bytes: &[u8], allowed_origins: &[String]) -> Head {
         return Head::Refused(Refusal::Forbidden);
     }
     let count = |name: &str| request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name)).count();
-    let is_ambiguous =
-        ["host", "sec-websocket-key", "sec-websocket-version"].into_iter().any(|name| count(name) != 1);
+    let is_ambiguous = ["host", "sec-websocket-key", "sec-websocket-version"].into_iter().any(|name| count(name) != 1);
     // What follows the head are frames: a body would be taken for them.
     let has_body = request.headers.iter().any(|header| {
         header.name.eq_ignore_ascii_case("transfer-encoding")

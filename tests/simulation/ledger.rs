@@ -67,7 +67,16 @@ impl Ledger {
             accepted: Vec::new(),
         };
         let facts = BTreeMap::new();
-        Self { state, generation: 1, before: Vec::new(), log_length, limits, facts, has_lost: false, has_trimmed: false }
+        Self {
+            state,
+            generation: 1,
+            before: Vec::new(),
+            log_length,
+            limits,
+            facts,
+            has_lost: false,
+            has_trimmed: false,
+        }
     }
 
     pub fn head(&self) -> BroadcastId {
@@ -125,9 +134,8 @@ impl Ledger {
     ) -> Option<Arc<[u8]>> {
         let (now_ms, second) = (now_us / 1000, now_us / 1_000_000);
         let day = second / 86_400;
-        let within = |seconds: u64| {
-            self.state.accepted.iter().filter(|at| (**at / 1_000_000) + seconds > second).count() as u32
-        };
+        let within =
+            |seconds: u64| self.state.accepted.iter().filter(|at| (**at / 1_000_000) + seconds > second).count() as u32;
         let today = self.state.accepted.iter().filter(|at| **at / 86_400_000_000 == day).count() as u32;
         let (at_most, at_least) = (within(61), within(60));
         let before = self.state.clone();
@@ -139,7 +147,10 @@ impl Ledger {
                 );
                 let later = |seconds: u64| self.state.quota.clone().charge(now_us + seconds * 1_000_000, self.limits);
                 assert!(later(refusal.retry_after).is_ok(), "told to come back too early");
-                assert!(refusal.retry_after == 1 || later(refusal.retry_after - 1).is_err(), "told to come back too late");
+                assert!(
+                    refusal.retry_after == 1 || later(refusal.retry_after - 1).is_err(),
+                    "told to come back too late"
+                );
                 return None;
             }
             Ok(()) => assert!(at_least < self.limits.per_minute && today < self.limits.per_day, "over the limit"),
@@ -277,9 +288,7 @@ impl Ledger {
         let mut missing = 0;
         for stored in retained {
             let (id, expires_ms) = (stored.envelope.id, stored.envelope.expires_ms);
-            if expires_ms > now_ms
-                && !recalled.contains(&id)
-                && !self.state.plain.iter().any(|(known, _)| *known == id)
+            if expires_ms > now_ms && !recalled.contains(&id) && !self.state.plain.iter().any(|(known, _)| *known == id)
             {
                 self.retain(id, expires_ms, stored.clone(), now_ms);
                 missing += 1;

@@ -43,7 +43,8 @@ fn one(seed: u64, trace: bool) -> Counts {
                 *counts.entry("accepted").or_default() += 1;
             }
             Err(refusal) => {
-                let reached = if refusal.limit == Limit::Day { today >= limits.per_day } else { most >= limits.per_minute };
+                let reached =
+                    if refusal.limit == Limit::Day { today >= limits.per_day } else { most >= limits.per_minute };
                 assert!(reached, "refused too early: {refusal:?}");
                 let later = |seconds: u64| quota.clone().charge(now_us + seconds * SECOND, limits);
                 // With both used up, the day's may be the one that frees first.
