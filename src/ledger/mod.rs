@@ -184,8 +184,8 @@ pub trait Ledger: Send + Sync {
     fn leave<'a>(&'a self, app: &'a AppKey, node: &'a NodeName) -> Answer<'a, ()>;
 
     /// Writes back what the ledger may have lost: raises the head to `head`, retains `retained` (expired or known ones are
-    /// skipped, the newest 100 stay), and forgets the retained broadcasts that are named in `recalled`. Returns how many
-    /// were missing.
+    /// skipped, the newest 100 stay), and forgets the retained broadcasts that are named in `recalled`. What was deleted
+    /// after `head`, which the node cannot know yet, does not come back. Returns how many were missing.
     fn restore<'a>(
         &'a self,
         app: &'a AppKey,

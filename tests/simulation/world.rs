@@ -61,7 +61,12 @@ impl World {
 
     pub fn play(mut self) -> Counts {
         // Some are long enough for more than a hundred retained ones.
-        let steps = if self.random.u8(..100) == 0 { 2500 } else { self.random.usize(20..400) };
+        let mut steps = self.random.usize(20..400);
+        if self.random.u8(..100) == 0 {
+            steps = 1500;
+            self.retained = 10;
+            self.ledger.limits = Limits { per_minute: 100_000, per_day: 100_000 };
+        }
         for _ in 0..steps {
             self.step();
             self.after_step();
@@ -143,6 +148,7 @@ impl World {
         let now_us = self.now_us;
         let ttl_ms = (self.random.u8(..10) < self.retained)
             .then(|| [1000, 30_000, 600_000, 7 * 86_400_000][self.random.usize(..4)] + self.random.u64(..1000));
+        let ttl_ms = if self.retained == 10 { Some(7 * 86_400_000) } else { ttl_ms };
         let body =
             "b".repeat(if self.random.u8(..8) == 0 { self.random.usize(200..400) } else { self.random.usize(1..60) });
         let mut platforms: Vec<&str> = Platform::ALL.iter().map(|platform| platform.name()).collect();

@@ -195,6 +195,13 @@ impl State {
         let app = self.app(key);
         let meta = app.meta.get_or_insert((0, String::new(), String::new()));
         meta.0 = meta.0.max(head);
+        // Deleted after what the node knows: not to come back with it.
+        let later =
+            app.log.range(head.saturating_add(1)..).filter_map(|(_, raw)| match Envelope::read(raw).unwrap().content {
+                Content::Recall(target) => Some(target),
+                Content::Broadcast { .. } => None,
+            });
+        let recalled: Vec<u64> = recalled.iter().copied().chain(later).collect();
         app.retained.retain(|id, _| !recalled.contains(id));
         let mut missing = BTreeSet::new();
         for Stored { raw, envelope } in retained {

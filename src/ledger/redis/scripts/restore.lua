@@ -22,6 +22,7 @@ for i = 1, #later do
   local target = string.match(later[i][2][2], '"recall":(%d+)}$')
   if target then
     recalled[target] = true
+    redis.call('ZREMRANGEBYSCORE', KEYS[3], target, target)
   end
 end
 prune(KEYS[3], now_ms)
