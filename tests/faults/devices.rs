@@ -106,7 +106,9 @@ async fn devices_of_a_drained_node_leave_spread_over_the_window_and_miss_nothing
         tenths[tenth.min(9)] += 1;
     }
     println!("row 28: {sent} broadcasts meanwhile; devices told to go in each tenth of {SPREAD} ms: {tenths:?}");
-    assert!(tenths.iter().all(|&left| left <= DEVICES / 3), "not spread: {tenths:?}");
+    // A tenth of them each, on a quiet machine; all of them in the first one or two, if they were sent away at once.
+    let some = tenths.iter().filter(|&&left| left > 0).count();
+    assert!(some >= 5 && tenths.iter().all(|&left| left <= DEVICES / 2), "not spread: {tenths:?}");
     fleet.until_each_had(sent, STORM).await;
     fleet.check(&checker, |_| Must::Everything);
 }
