@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use lapin::options::{
@@ -61,11 +61,13 @@ impl Live {
 pub struct Backend {
     url: String,
     live: tokio::sync::Mutex<Option<Arc<Live>>>,
+    /// When it could last not be connected: hundreds of requests may be waiting, and each attempt costs a thread.
+    failed: Mutex<Option<Instant>>,
 }
 
 impl Backend {
     pub fn new(url: &str) -> Self {
-        Self { url: url.to_owned(), live: tokio::sync::Mutex::new(None) }
+        Self { url: url.to_owned(), live: tokio::sync::Mutex::new(None), failed: Mutex::new(None) }
     }
 
     /// Sends it once; an error if the broker did not confirm it, in which case it may have it all the same. `wish`: whom the
@@ -78,9 +80,14 @@ impl Backend {
         let mut place = self.live.lock().await;
         let live = match &*place {
             Some(live) if live.connection.status().connected() && live.channel.status().connected() => live.clone(),
+            _ if self.failed.lock().unwrap().is_some_and(|failed| failed.elapsed() < Duration::from_secs(1)) => {
+                return Err("it could not be connected just now".to_owned());
+            }
             _ => {
-                let connect = timeout(STEP * 2, Live::connect(&self.url)).await.map_err(|_| "no connection in time")?;
-                place.insert(connect.map_err(|error| error.to_string())?).clone()
+                let connected = timeout(STEP * 2, Live::connect(&self.url)).await;
+                *self.failed.lock().unwrap() = (!matches!(connected, Ok(Ok(_)))).then(Instant::now);
+                let live = connected.map_err(|_| "no connection in time")?.map_err(|error| error.to_string())?;
+                place.insert(live).clone()
             }
         };
         let mut properties = BasicProperties::default().with_delivery_mode(2);

@@ -138,6 +138,7 @@ fn request(app: &App, kind: Use, malformed: bool, rng: &mut fastrand::Rng) -> Va
 /// Until it has an end, or, without a wish for a reply, until the broker has it.
 async fn submit(audit: &Mutex<Audit>, backend: &Backend, api: &Api, by: By, request: &Value, malformed: bool) -> Value {
     let id = request["requestId"].as_str().unwrap();
+    let mut pause = Duration::from_millis(500);
     loop {
         audit.lock().unwrap().sending(request, malformed, now_ms());
         match by {
@@ -163,7 +164,9 @@ async fn submit(audit: &Mutex<Audit>, backend: &Backend, api: &Api, by: By, requ
                 }
             }
         }
-        sleep(Duration::from_secs(1)).await;
+        // Hundreds may be waiting for a server that is starting.
+        pause = (pause * 2).min(Duration::from_secs(8));
+        sleep(pause).await;
     }
 }
 

@@ -62,6 +62,8 @@ struct Soak {
     audit: Arc<Mutex<Audit>>,
     installation: Arc<Installation>,
     faults: Mutex<Vec<String>>,
+    /// The first thousand lines of what is broken, to be kept with what the processes said.
+    broken: Mutex<Vec<String>>,
 }
 
 impl Soak {
@@ -80,7 +82,13 @@ impl Soak {
             let recent = self.faults.lock().unwrap().iter().rev().take(4).cloned().collect::<Vec<_>>();
             self.say(&format!("lately: {}", recent.join("; ")));
         }
-        sentences.iter().for_each(|sentence| self.say(&format!("VIOLATION {sentence}")));
+        for sentence in sentences {
+            self.say(&format!("VIOLATION {sentence}"));
+            let mut broken = self.broken.lock().unwrap();
+            if broken.len() < 1000 {
+                broken.push(format!("{:.1} {sentence}", self.started.elapsed().as_secs_f64()));
+            }
+        }
     }
 }
 
@@ -100,6 +108,7 @@ async fn soak(time: Duration, seed: u64) -> u64 {
         audit: audit.clone(),
         installation: installation.clone(),
         faults: Mutex::default(),
+        broken: Mutex::default(),
     });
     soak.say("everything is up");
 
@@ -320,6 +329,7 @@ async fn verdict(soak: &Soak, figures: Figures, time: Duration, seed: u64) -> u6
     if violations > 0 {
         let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("soak-{seed}"));
         soak.installation.keep_outputs(&folder).await;
+        let _ = std::fs::write(folder.join("violations"), soak.broken.lock().unwrap().join("\n"));
         println!("what the processes said: {}", folder.display());
     }
     violations

@@ -199,7 +199,7 @@ impl State {
         let later =
             app.log.range(head.saturating_add(1)..).filter_map(|(_, raw)| match Envelope::read(raw).unwrap().content {
                 Content::Recall(target) => Some(target),
-                Content::Broadcast { .. } => None,
+                Content::Broadcast { .. } | Content::Newer(_) => None,
             });
         let recalled: Vec<u64> = recalled.iter().copied().chain(later).collect();
         app.retained.retain(|id, _| !recalled.contains(id));
