@@ -187,7 +187,7 @@ mod tests {
         assert_eq!(refused(&GOOD.replace("GET", "POST")), Refusal::UpgradeRequired);
         assert_eq!(refused(&GOOD.replace("dGhlIHNhbXBsZSBub25jZQ==", "short")), Refusal::BadRequest);
         assert_eq!(refused(&GOOD.replace("Host: x\r\n", "")), Refusal::BadRequest);
-        for header in ["Host: y", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 8"] {
+        for header in ["Host: y", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"] {
             assert_eq!(refused(&GOOD.replace("Host: x", &format!("Host: x\r\n{header}"))), Refusal::BadRequest);
         }
         assert_eq!(refused(&GOOD.replace("Host: x", "Host: x\r\nContent-Length: 3")), Refusal::BadRequest);
