@@ -25,7 +25,10 @@ use broadcastd::broadcast::verdict::{Rejection, code};
 use broadcastd::fuzzing;
 
 /// A target by the name of its folder in `corpus/`.
-pub const TARGETS: [(&str, fn(&[u8])); 7] = [
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All of them.
+pub const TARGETS: [Target; 7] = [
     ("answers", answers::run),
     ("envelope", envelope::run),
     ("form", form::run),
