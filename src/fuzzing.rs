@@ -127,18 +127,28 @@ pub fn request(app: &BroadcastApp, headers: &HeaderMap, form: Form) -> Result<Re
     api::nim::request(app, form, api::signature::single(headers, "RequestId")?)
 }
 
-/// Now in milliseconds, head, log, retained.
-pub type SnapshotAnswer = (u64, BroadcastId, Vec<Arc<[u8]>>, Vec<Arc<[u8]>>);
-
 /// What the answers of the scripts are read as.
 #[derive(Debug)]
 pub struct Answers {
     /// As accept.lua's.
     pub decision: Result<Decision, LedgerError>,
     /// As join.lua's.
-    pub snapshot: Result<SnapshotAnswer, LedgerError>,
+    pub snapshot: Result<Rows, LedgerError>,
     /// As renew.lua's: now in milliseconds, head.
     pub renewal: Result<(u64, BroadcastId), LedgerError>,
+}
+
+/// An app's state as the rows that a script gave.
+#[derive(Debug)]
+pub struct Rows {
+    /// Milliseconds since the Unix epoch.
+    pub now_ms: u64,
+    /// The newest id.
+    pub head: BroadcastId,
+    /// Envelopes.
+    pub log: Vec<Arc<[u8]>>,
+    /// Envelopes too.
+    pub retained: Vec<Arc<[u8]>>,
 }
 
 /// Reads one answer of a Redis server (RESP) as each of the scripts'; `None` if it is none.
@@ -149,7 +159,12 @@ pub fn answers(resp: &[u8]) -> Option<Answers> {
     let snapshot = answers::read(value.clone());
     Some(Answers {
         decision: answers::read_decision(&value),
-        snapshot: snapshot.map(|(now_ms, head, log, retained)| (now_ms, head, raw(log), raw(retained))),
+        snapshot: snapshot.map(|(now_ms, head, log, retained)| Rows {
+            now_ms,
+            head,
+            log: raw(log),
+            retained: raw(retained),
+        }),
         renewal: answers::read(value),
     })
 }

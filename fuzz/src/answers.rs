@@ -4,7 +4,7 @@ use broadcastd::broadcast::app::AppKey;
 use broadcastd::broadcast::envelope::Envelope;
 use broadcastd::broadcast::verdict::Decision;
 use broadcastd::broadcast::{MAX_ID, platform::Platform};
-use broadcastd::fuzzing::{self, App, Update};
+use broadcastd::fuzzing::{self, App, Rows, Update};
 use broadcastd::ledger::{Generation, LedgerError, Snapshot, Stored};
 
 use super::envelope::{BOUNDS, check};
@@ -24,8 +24,8 @@ pub fn run(data: &[u8]) {
         Ok((_, head)) => assert!(head <= u64::MAX / 2, "Redis' integers are signed"),
         Err(error) => check_error(&error),
     }
-    let (now_ms, head, log, retained) = match answers.snapshot {
-        Ok(snapshot) => snapshot,
+    let Rows { now_ms, head, log, retained } = match answers.snapshot {
+        Ok(rows) => rows,
         Err(error) => return check_error(&error),
     };
     let read = |rows: Vec<std::sync::Arc<[u8]>>| -> Vec<Stored> {

@@ -24,11 +24,11 @@ use broadcastd::broadcast::request::{
 use broadcastd::broadcast::verdict::{Rejection, code};
 use broadcastd::fuzzing;
 
-/// What a target does with its input: it panics where a property does not hold.
-pub type Target = fn(&[u8]);
-
 /// A target by the name of its folder in `corpus/`.
-pub const TARGETS: [(&str, Target); 7] = [
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All of them.
+pub const TARGETS: [Target; 7] = [
     ("answers", answers::run),
     ("envelope", envelope::run),
     ("form", form::run),

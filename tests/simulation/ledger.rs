@@ -14,6 +14,7 @@ use broadcastd::ledger::{Generation, Snapshot, Stored};
 /// What truly happened under one id, whatever became of it later.
 #[derive(Debug, Clone)]
 pub struct Fact {
+    pub prev: BroadcastId,
     pub time_ms: u64,
     pub expires_ms: u64,
     pub body: String,
@@ -175,6 +176,7 @@ impl Ledger {
         }
         let bytes = body.len() + 130;
         let fact = Fact {
+            prev,
             time_ms: now_ms,
             expires_ms,
             body,
@@ -214,6 +216,7 @@ impl Ledger {
         }
         self.facts.get_mut(&target).expect("it was accepted").is_recalled = true;
         let fact = Fact {
+            prev,
             time_ms: now_us / 1000,
             expires_ms: 0,
             body: String::new(),

@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "what must not be fails the test")]
 
 mod device;
+mod ids;
 mod ledger;
 mod node;
 mod quota;
@@ -65,7 +66,7 @@ pub fn play(play: impl Fn(u64, bool) -> Counts) -> Option<Counts> {
         play(seed, true);
         return None;
     }
-    let histories = std::env::var("SIMULATION_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(1500);
+    let histories = std::env::var("SIMULATION_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(1000);
     let (mut counts, mut failed) = (Counts::new(), Vec::new());
     for seed in 0..histories {
         match catch_unwind(AssertUnwindSafe(|| play(seed, false))) {

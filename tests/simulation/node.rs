@@ -74,6 +74,8 @@ pub struct Node {
     pub lost: BTreeSet<BroadcastId>,
     /// All that it has ever been given, as the oracle counts it.
     seen: BTreeSet<BroadcastId>,
+    /// What was held back since the ledger was last read.
+    held: Vec<BroadcastId>,
     /// Sessions that were closed because they were too far behind.
     pub evicted: Vec<u64>,
     pub restored: u32,
@@ -91,6 +93,7 @@ impl Node {
             next_key: 0,
             lost: BTreeSet::new(),
             seen: BTreeSet::new(),
+            held: Vec::new(),
             evicted: Vec::new(),
             restored: 0,
         };
@@ -123,6 +126,7 @@ impl Node {
             Change::None if known => Some("known, dropped"),
             Change::None => {
                 self.seen.insert(id);
+                self.held.push(id);
                 Some("held back")
             }
             Change::Appended(entry) => {
@@ -131,6 +135,7 @@ impl Node {
             }
             Change::Gap => {
                 self.seen.insert(id);
+                self.held.push(id);
                 self.read();
                 Some("gap")
             }
@@ -161,7 +166,30 @@ impl Node {
         self.seen.retain(|id| before.is_some() || *id > snapshot.head);
         self.seen.extend(snapshot.log.iter().map(|stored| stored.envelope.id));
         self.app.subscribe_again = false;
+        let kept: BTreeSet<_> = snapshot.retained.iter().map(|stored| stored.envelope.id).collect();
+        let (now_ms, head, held) = (snapshot.now_ms, snapshot.head, self.held.len());
+        let own: BTreeSet<_> =
+            self.app.timeline.iter().flat_map(|timeline| timeline.retained(now_ms)).map(|entry| entry.id).collect();
+        let is_certain = before.is_none() || self.app.generation.as_ref() == Some(&generation);
+        let missed = snapshot.log.len() + held;
         let (update, result) = self.app.take(snapshot, self.bounds, SHARDS);
+        let timeline = self.app.timeline.as_ref().expect("it was read");
+        let has: BTreeSet<_> = timeline.retained(now_ms).map(|entry| entry.id).collect();
+        let is_recalled = |id: &BroadcastId| ledger.facts[id].is_recalled;
+        if kept.len() + own.len() + missed < 100 {
+            assert!(kept.iter().all(|id| has.contains(id) || is_recalled(id)), "what is retained is taken over");
+            // The ledger may have lost it, and is given it again.
+            let is_kept = is_certain || own.iter().all(|id| has.contains(id) || is_recalled(id));
+            assert!(is_kept, "what the ledger may have lost is kept");
+        }
+        if is_certain {
+            assert!(has.iter().all(|id| kept.contains(id) || *id > head), "what is not retained any more is let go");
+        }
+        // What still waits is asked for; only that.
+        self.held.retain(|id| *id > timeline.last());
+        let last = timeline.last();
+        assert!(self.held.iter().all(|id| ledger.facts[id].prev > last), "{:?} could be delivered", self.held);
+        assert!(self.held.is_empty() || self.app.read_again, "{:?} are forgotten", self.held);
         match update {
             Update::Open => self.open(),
             Update::Append(entries) => self.append(entries),
@@ -177,8 +205,9 @@ impl Node {
                 // Where the log begins right after a deleted one, what lies before that cannot be told from nothing.
                 is_unsure |= fact.is_recalled;
                 let has = self.shards[0].has(*id) || self.inbox_has(*id);
-                if !has && !fact.is_recalled && self.lost.insert(*id) && !fact.is_lost {
-                    missing += 1;
+                if !has && !fact.is_recalled && self.lost.insert(*id) {
+                    missing += usize::from(!fact.is_lost);
+                    assert!(fact.is_lost || !self.seen.contains(id), "{id} was held back, and is passed over");
                 }
             }
             assert!(missing == 0 || result.lost > 0 || is_unsure, "{missing} broadcasts were passed over in silence");
