@@ -98,12 +98,6 @@ impl Apps {
         Self { apps, index, tokenless }
     }
 
-    /// Whether there is none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.apps.is_empty()
-    }
-
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
