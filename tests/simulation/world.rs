@@ -305,7 +305,7 @@ impl World {
                 self.count("evicted");
             } else {
                 self.promise(device);
-                if self.times.len() % 4 == 0 {
+                if self.times.len().is_multiple_of(4) {
                     self.check_settled(device);
                 }
             }
