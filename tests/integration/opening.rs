@@ -111,12 +111,14 @@ async fn first_devices_that_log_in_during_a_burst_miss_nothing() {
     let apps: Vec<App> = (0..24).map(|_| App::unlimited()).collect();
     let stack = Stack::new(&apps);
     let node = async { without_renewals(stack.role("node")).start().await };
-    let (_worker, node) = tokio::join!(stack.worker(), node);
+    // One at a time, so that a burst lasts while devices log in, on a fast machine too.
+    let worker = stack.role("worker").with("worker.batch", "1").with("worker.batches_in_flight", "1");
+    let (_worker, node) = tokio::join!(worker.start(), node);
     let amqp = stack.amqp().await;
     let url = node.device_url();
     let mut amid = 0;
     for app in &apps {
-        let requests = all_numbered(app, 0..60);
+        let requests = all_numbered(app, 0..150);
         let replies_before = amqp.replies();
         let login = async {
             // At another moment of the burst each time.
