@@ -132,7 +132,7 @@ async fn what_is_wrong_with_a_call_is_said_and_nothing_is_enqueued() {
     let good = || Call::good(&app);
 
     // Takes the nonce, but not to the queue: a replay is refused whatever the first call came to.
-    let overheard = good().body("boddy=misspelt");
+    let overheard = good().body("bodies=misspelt");
     assert_eq!(overheard.make(&api).await.1["code"], 414);
 
     let wrong = "0".repeat(40);
