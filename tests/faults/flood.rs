@@ -11,7 +11,7 @@ use lapin::{Connection, ConnectionProperties};
 use serde_json::json;
 
 use crate::support::broadcastd::{App, Process};
-use crate::support::rabbitmq::RabbitMq;
+use crate::support::rabbitmq::{ADMINISTRATOR, RabbitMq, as_user};
 use crate::support::redis::Redis;
 use crate::support::sender::{Amqp, Api, request};
 use crate::support::stack::Stack;
@@ -82,8 +82,11 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
     let redis = Redis::dedicated(&[]);
     let stack = Stack::on(&rabbitmq.vhost().url, &redis.url(), &[loud.clone(), quiet.clone()]);
     // Slow on purpose: how fast a flood is refused is bounded, so that it takes no more than its share of broker and ledger.
+    // The minimal permissions are for the common queue only.
+    let administrator = as_user(&stack.amqp_url, ADMINISTRATOR);
     let lane = stack
         .role("worker")
+        .with("amqp.url", &administrator)
         .with("amqp.queue", "broadcast.requests.loud")
         .with("amqp.routing_key", "request.loud")
         .with("amqp.prefetch", "32")
@@ -98,7 +101,7 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
         amqp.accepted(&request(&quiet, "quiet")).await;
     };
     let enqueuing = Instant::now();
-    enqueue_flood(&stack.amqp_url, &loud, "request.loud", FLOOD).await;
+    enqueue_flood(&administrator, &loud, "request.loud", FLOOD).await;
     println!("{FLOOD} requests enqueued in {:?}", enqueuing.elapsed());
     latencies(50, || true, ask).await;
     let idle = median(latencies(300, || true, ask).await);
@@ -127,7 +130,7 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
     // First come, first served: in the common queue the next request of another app waits for all of these.
     let mut common = common;
     common.drain(LONG).await;
-    enqueue_flood(&stack.amqp_url, &loud, "request", BEHIND).await;
+    enqueue_flood(&administrator, &loud, "request", BEHIND).await;
     let behind = amqp.ask(request(&quiet, "behind the flood").to_string().as_bytes()).await;
     let flooding = Instant::now();
     common.restart().await;

@@ -47,7 +47,7 @@ async fn send_by_api(urls: &[String], app: &App, stop: &AtomicBool, sent: &Atomi
             }
         })
         .await;
-        requests.push(json!({ "requestId": request_id, "body": body }));
+        requests.push(json!({ "requestId": request_id, "appKey": app.key, "body": body }));
         replies.push(answer);
         sent.fetch_add(1, Ordering::Relaxed);
     }
