@@ -31,6 +31,9 @@ macro_rules! metrics {
             /// If two had one name: a mistake in this file.
             pub fn new() -> Result<Self, prometheus::Error> {
                 let registry = Registry::new();
+                // process_cpu_seconds_total, process_resident_memory_bytes, process_open_fds and the like.
+                #[cfg(target_os = "linux")]
+                registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
                 $( let $field = metrics!(@make $kind, $name, $help $(, [$($label),+])?)?;
                    register(&registry, &$field)?; )+
                 Ok(Self { registry, $($field),+ })
