@@ -55,9 +55,12 @@ fn process(pid: u32) -> anyhow::Result<Usage> {
         }
     }
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).with_context(what)?;
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).with_context(what)?;
-    let kib: u64 = line.trim().trim_end_matches(" kB").parse().with_context(what)?;
-    usage.memory += kib * 1024;
+    // Shared memory counts: nginx keeps its sessions there.
+    for kind in ["RssAnon:", "RssShmem:"] {
+        let line = status.lines().find_map(|line| line.strip_prefix(kind)).with_context(what)?;
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse().with_context(what)?;
+        usage.memory += kib * 1024;
+    }
     Ok(usage)
 }
 
