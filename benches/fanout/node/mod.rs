@@ -4,20 +4,20 @@
 //! sender, on the first one, is not charged for the receiver. Without that right everyone is charged more, and the table says so.
 
 pub mod floor;
-mod ours;
+pub mod ours;
 mod subject;
 
 use std::process::Command;
 use std::time::Duration;
 
 use broadcastd::command::bench::Figures;
-use broadcastd::command::bench::fleet::{Order, Plan};
+use broadcastd::command::bench::fleet::Order;
 use broadcastd::command::bench::herd::Herd;
 use broadcastd::command::bench::server::{Server, Usage};
 use tokio::runtime::Runtime;
 
 use self::ours::Case;
-use self::subject::{Subject, on_cpu};
+use self::subject::Subject;
 
 const DEVICES: usize = 10_000;
 const ROUNDS: u32 = 15;
@@ -80,15 +80,10 @@ struct Online {
 fn connect(subject: Subject) -> Online {
     // What it allocates at its start is not its sessions'.
     let before = settled(&subject.server);
-    let herd = herd(&subject.plan);
+    let herd = ours::herd_on(&subject.plan);
     let after = settled(&subject.server);
     let login = Usage { cpu: after.cpu.saturating_sub(before.cpu), memory: after.memory.saturating_sub(before.memory) };
     Online { subject, herd, login }
-}
-
-fn herd(plan: &Plan) -> Herd {
-    let program = std::path::Path::new(env!("CARGO_BIN_EXE_broadcastd"));
-    Herd::start(program, &on_cpu("1"), plan, |_| {}).unwrap()
 }
 
 /// The usage once it does nothing any more.

@@ -6,12 +6,13 @@ use std::time::Duration;
 use broadcastd::broadcast::quota::Limits;
 use broadcastd::broadcast::request::{RawRequest, Request, Submission};
 use broadcastd::command::bench::fleet::Plan;
+use broadcastd::command::bench::herd::Herd;
 use broadcastd::command::bench::server::Server;
 use broadcastd::command::token;
 use broadcastd::ledger::Ledger;
 use broadcastd::ledger::redis::RedisLedger;
 
-use super::subject::{BYTES, Running, Subject, plain};
+use super::subject::{BYTES, Running, Subject, on_cpu, plain};
 use crate::growth;
 use crate::support::broadcastd::{App, Process};
 use crate::support::redis::Redis;
@@ -59,16 +60,7 @@ pub async fn start(case: Case) -> Subject {
     for _ in 0..case.retained {
         accept(&ledger, &app, 1, 1024 - 96, true).await;
     }
-    let token = token::mint(&app.key, &app.secret.clone().into(), "bench", Duration::from_secs(86_400)).unwrap();
-    let login = serde_json::json!({
-        "type": "login", "app": app.key, "account": "bench", "device": "bench-{n}", "platform": "web", "token": token,
-        "since": 0,
-    });
-    let plan = Plan {
-        hello: vec![login.to_string()],
-        greetings: 1 + case.retained,
-        ..plain(node.public_port(), "/ws", case.devices)
-    };
+    let plan = Plan { greetings: 1 + case.retained, ..plan(&app, node.public_port(), case.devices) };
     let runtime = tokio::runtime::Handle::current();
     let send = Box::new(move |count| {
         let (ledger, app) = (ledger.clone(), app.clone());
@@ -94,13 +86,13 @@ fn pin(pid: u32, cpus: &str) {
     assert!(status.is_ok_and(|status| status.success()), "the node cannot be put on core {cpus}");
 }
 
-async fn ledger(redis: &Redis, stack: &Stack) -> Arc<RedisLedger> {
+pub async fn ledger(redis: &Redis, stack: &Stack) -> Arc<RedisLedger> {
     let ledger = growth::ledger(&redis.url(), &stack.prefix);
     ledger.health().wait_for(Result::is_ok).await.unwrap();
     Arc::new(ledger)
 }
 
-async fn accept(ledger: &RedisLedger, app: &App, count: u32, bytes: usize, retained: bool) {
+pub async fn accept(ledger: &RedisLedger, app: &App, count: u32, bytes: usize, retained: bool) {
     let batch: Vec<Submission> = (0..count)
         .map(|_| {
             let raw = RawRequest {
@@ -118,4 +110,20 @@ async fn accept(ledger: &RedisLedger, app: &App, count: u32, bytes: usize, retai
     for decision in ledger.accept(&batch).await {
         decision.unwrap();
     }
+}
+
+/// Devices of an app that log in.
+pub fn plan(app: &App, port: u16, devices: usize) -> Plan {
+    let token = token::mint(&app.key, &app.secret.clone().into(), "bench", Duration::from_secs(86_400)).unwrap();
+    let login = serde_json::json!({
+        "type": "login", "app": app.key, "account": "bench", "device": "bench-{n}", "platform": "web", "token": token,
+        "since": 0,
+    });
+    Plan { hello: vec![login.to_string()], greetings: 1, ..plain(port, "/ws", devices) }
+}
+
+/// Has them log in, from the second core.
+pub fn herd_on(plan: &Plan) -> Herd {
+    let program = std::path::Path::new(env!("CARGO_BIN_EXE_broadcastd"));
+    Herd::start(program, &on_cpu("1"), plan, |_| {}).unwrap()
 }
