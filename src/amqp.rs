@@ -2,11 +2,15 @@
 
 use std::time::Duration;
 
-use lapin::tcp::OwnedTLSConfig;
-use lapin::uri::AMQPUri;
+use lapin::tcp::{AMQPUriTcpExt, RustlsConnector, RustlsConnectorConfig, TLSConfig};
+use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
+
+use crate::tls::{TlsFiles, advice};
 
 /// Section `[amqp]`.
 #[derive(Debug, Clone, Deserialize)]
@@ -18,6 +22,12 @@ pub struct AmqpSettings {
     pub url_file: String,
     /// A PEM file with the certificate authority to trust for TLS, instead of the system's.
     pub ca_file: String,
+    /// A PEM file with the certificate that this client shows to the broker, where that wants one.
+    #[serde(default)]
+    pub client_certificate_file: String,
+    /// A PEM file with its private key.
+    #[serde(default)]
+    pub client_key_file: String,
     /// The direct exchange that requests are published to.
     pub exchange: String,
     /// The routing key of requests.
@@ -53,12 +63,45 @@ impl AmqpSettings {
         Ok(uri)
     }
 
+    fn tls_files(&self) -> TlsFiles<'_> {
+        let (certificate, key) = (&self.client_certificate_file, &self.client_key_file);
+        TlsFiles { section: "amqp", ca: &self.ca_file, certificate, key }
+    }
+
+    /// Not lapin's own: that one would trust the system's authorities beside those of the file, and need some to be there.
+    fn tls(&self) -> Result<RustlsConnector, String> {
+        let unusable = |error: &dyn std::fmt::Display| format!("amqp: TLS cannot be set up: {error}");
+        let pem = self.tls_files().read()?;
+        let parse = |pem: &[u8]| {
+            CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(|error| unusable(&error))
+        };
+        let mut config = match &pem.ca {
+            None => RustlsConnectorConfig::new_with_native_certs().map_err(|error| unusable(&error))?,
+            Some(_) => RustlsConnectorConfig::default(),
+        };
+        if let Some(ca) = &pem.ca {
+            config.add_parsable_certificates(parse(ca)?);
+        }
+        let connector = match &pem.identity {
+            None => config.connector_with_no_client_auth(),
+            Some((chain, key)) => {
+                let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| unusable(&error))?;
+                config.connector_with_single_cert(parse(chain)?, key)
+            }
+        };
+        connector.map_err(|error| unusable(&error))
+    }
+
     /// Checks what can be checked without connecting.
     ///
     /// # Errors
     /// A sentence, without the URL.
     pub fn validate(&self) -> Result<(), String> {
-        self.uri()?;
+        let uri = self.uri()?;
+        if self.tls_files().any() && uri.scheme != AMQPScheme::AMQPS {
+            return Err("amqp.ca_file or a client certificate is set, but amqp.url is no amqps:// address".into());
+        }
+        self.tls_files().read()?;
         if self.prefetch == 0 || self.prefetch > 2000 {
             return Err("amqp.prefetch is from 1 to 2000 (the cap of a quorum queue)".into());
         }
@@ -81,22 +124,34 @@ impl AmqpSettings {
 /// # Errors
 /// A sentence, without the URL.
 pub async fn connect(settings: &AmqpSettings, name: &str) -> Result<Connection, String> {
-    let tls = if settings.ca_file.is_empty() {
-        OwnedTLSConfig::default()
-    } else {
-        let cert_chain = tokio::fs::read_to_string(&settings.ca_file)
-            .await
-            .map_err(|error| format!("amqp.ca_file cannot be read: {error}"))?;
-        OwnedTLSConfig { identity: None, cert_chain: Some(cert_chain) }
-    };
+    let uri = settings.uri()?;
+    let tls = if uri.scheme == AMQPScheme::AMQPS { Some(settings.tls()?) } else { None };
+    let secure = tls.is_some();
     let runtime = lapin::runtime::default_runtime().map_err(|error| describe(&error))?;
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let connecting = Connection::connect_uri_with_config(settings.uri()?, properties, tls, runtime);
+    let open = async move |mut uri: AMQPUri, runtime| {
+        // The plain connection first; TLS is put on it here.
+        uri.scheme = AMQPScheme::AMQP;
+        let stream = uri.connect_with_config_async(TLSConfig::default(), &runtime).await?;
+        match &tls {
+            None => Ok(stream),
+            Some(tls) => Ok(stream.into_rustls(tls, &uri.authority.host).await?),
+        }
+    };
+    let connecting = Connection::connector(uri, runtime, open, properties);
     // lapin bounds the TCP connect only: a broker that is booting, or frozen, accepts and then says nothing.
     tokio::time::timeout(Duration::from_millis(settings.connect_timeout_ms), connecting)
         .await
         .map_err(|_| "no answer in time".to_owned())?
-        .map_err(|error| describe(&error))
+        .map_err(|error| refused(&error, secure))
+}
+
+/// Why there is no connection. A broker that expects TLS hangs up on who speaks without.
+fn refused(error: &lapin::Error, secure: bool) -> String {
+    let text = describe(error);
+    let hung_up = matches!(error.kind(), lapin::ErrorKind::IOError(_)) && !secure && !text.contains("refused");
+    let advice = if hung_up { " (does the broker want TLS, amqps://, on this port?)" } else { advice(&text) };
+    text + advice
 }
 
 /// An error as a sentence for logs and `/readyz`: no control characters, at most 200 characters.

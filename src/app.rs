@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use socket2::SockRef;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -28,8 +29,6 @@ use crate::worker::Worker;
 
 /// Non-WebSocket connections that may wait to be taken over; further ones are answered 503 by the node.
 const HAND_OFF_CAPACITY: usize = 256;
-/// How many devices a draining node sends away a second, so that they do not all log in elsewhere at once.
-const LEAVES_A_SECOND: u64 = 1000;
 
 /// What a process does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,6 +151,7 @@ async fn start(
         Role::Worker => Ok(start_worker(settings, directory, metrics, stop)),
         Role::Node => start_node(settings, &directory, metrics, stop),
         Role::Standalone => {
+            survive_the_file_size_limit()?;
             let ledger = EmbeddedLedger::open(&settings.embedded, settings.ledger, system_clock())?;
             start_standalone(settings, directory, Arc::new(ledger), metrics, stop)
         }
@@ -256,10 +256,20 @@ async fn drain_node(node: Node, metrics: Metrics, drain: DrainSettings, stop: Ca
     let sessions = u64::try_from(metrics.sessions.get()).unwrap_or(0);
     // A second is kept back for giving the leases up.
     let longest = drain.deadline_seconds.saturating_sub(1).max(1);
-    let window = (sessions / LEAVES_A_SECOND).clamp(1, longest);
+    let window = (sessions / u64::from(drain.leaves_per_second)).clamp(1, longest);
     node.drain(Instant::now() + Duration::from_secs(window)).await;
     Ok(())
 }
+
+/// A limit on the size of files (`ulimit -f`, `LimitFSIZE=`) would kill the process at the first write past it. With a handler
+/// the write fails instead, as on a full disk, and the ledger goes on when there is room.
+fn survive_the_file_size_limit() -> anyhow::Result<()> {
+    // Installed for good: dropping the stream does not take the handler away.
+    let _ = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?;
+    Ok(())
+}
+/// How many connections may wait to be accepted; the system caps it (`net.core.somaxconn`, usually 4096).
+const BACKLOG: i32 = 65_535;
 
 /// Descriptors that are not for devices: listeners, Redis, files, HTTP.
 const RESERVED_DESCRIPTORS: u64 = 256;
@@ -292,6 +302,10 @@ fn bind(address: SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {
     let listener = TcpListener::bind(address).map_err(|error| {
         anyhow!("cannot listen on {address}: {error}; free the port or choose another with --set {setting}=HOST:PORT")
     })?;
+    // The standard library asks for 128: of a storm all but those would be left to their system's retries, seconds apart.
+    if let Err(error) = SockRef::from(&listener).listen(BACKLOG) {
+        tracing::warn!(%error, "the listen queue stays short");
+    }
     listener.set_nonblocking(true)?;
     Ok(listener)
 }

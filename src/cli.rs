@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use broadcastd::app::{self, Role};
-use broadcastd::command::{bench, demo, health, listen, send, token};
+use broadcastd::command::{bench, demo, health, listen, redrive, send, token};
 use broadcastd::settings::{self, Settings, SettingsError, Sources};
 use broadcastd::telemetry;
 use clap::{Args, Parser, Subcommand};
@@ -82,6 +82,8 @@ enum Command {
     Fleet,
     /// Ask a running process whether it is ready
     Health(health::HealthArgs),
+    /// Try dead letters again
+    Redrive(redrive::RedriveArgs),
     /// Look at the settings
     Config {
         #[command(subcommand)]
@@ -120,6 +122,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Health(args) => health::run(args).await,
+        Command::Redrive(args) => redrive::run(args, Settings::load(&cli.sources.into_sources(None))?.amqp).await,
         Command::Config { command: ConfigCommand::Check } => {
             print!("{}", settings::effective(&cli.sources.into_sources(None))?);
             Ok(ExitCode::SUCCESS)

@@ -11,9 +11,12 @@ pub mod backoff;
 pub mod broadcast;
 pub mod command;
 pub mod failpoint;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod ledger;
 pub mod metrics;
 pub mod node;
 pub mod settings;
 pub mod telemetry;
+pub mod tls;
 pub mod worker;

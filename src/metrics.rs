@@ -71,6 +71,10 @@ metrics! {
     refused: IntCounterVec = "broadcastd_refused_total", ["reason"];
     /// Requests put on the dead-letter queue, by reason.
     dead_lettered: IntCounterVec = "broadcastd_dead_lettered_total", ["reason"];
+    /// Times that dead letters could not be stored; their requests are held and it is tried again.
+    dead_letter_failures: IntCounter = "broadcastd_dead_letter_failures_total";
+    /// Requests set aside because they had been delivered again and again; they are decided one at a time.
+    suspects: IntCounter = "broadcastd_suspects_total";
     /// Requests held unacknowledged because the ledger does not answer.
     held: IntGauge = "broadcastd_requests_held";
     /// Ledger calls that were tried again.
@@ -92,7 +96,7 @@ metrics! {
 
     /// Envelopes that the node received by its subscription.
     envelopes: IntCounter = "broadcastd_envelopes_total";
-    /// Envelopes that could not be read, and were skipped.
+    /// Envelopes that could not be read, or only by a newer version, and were skipped.
     envelopes_unreadable: IntCounter = "broadcastd_envelopes_unreadable_total";
     /// Times that the node read the log because something was missing.
     backfills: IntCounter = "broadcastd_backfills_total";

@@ -91,6 +91,8 @@ pub struct DrainSettings {
     pub notice_seconds: u64,
     /// From there to the exit, seconds.
     pub deadline_seconds: u64,
+    /// Devices that a node sends away in a second, if the deadline allows.
+    pub leaves_per_second: u32,
 }
 
 /// One `[[apps]]` table.
@@ -129,6 +131,11 @@ impl Settings {
         if !settings.redis.url_file.is_empty() {
             settings.redis.url = secret_from("redis.url_file", Path::new(&settings.redis.url_file))?;
         }
+        let redis = &mut settings.redis;
+        if !redis.sentinel_password_file.is_empty() {
+            let file = Path::new(&redis.sentinel_password_file);
+            redis.sentinel_password = secret_from("redis.sentinel_password_file", file)?;
+        }
         if !settings.apps_file.is_empty() {
             let file = File::new(&settings.apps_file, FileFormat::Toml);
             let more: AppsFile =
@@ -152,6 +159,9 @@ impl Settings {
         }
         if self.drain.notice_seconds > 3600 || self.drain.deadline_seconds > 3600 {
             return Err(SettingsError("drain.notice_seconds and drain.deadline_seconds are at most 3600".into()));
+        }
+        if self.drain.leaves_per_second == 0 {
+            return Err(SettingsError("drain.leaves_per_second is at least 1".into()));
         }
         self.directory().map(|_| ())
     }
@@ -267,6 +277,7 @@ pub fn effective(sources: &Sources) -> Result<String, SettingsError> {
 fn line(key: &str, value: Value, default: Option<Value>) -> String {
     let text = match (&value.kind, default.map(|default| default.kind)) {
         (_, _) if key == "secret" => "\"[redacted]\"".to_owned(),
+        (ValueKind::String(text), _) if key.ends_with("password") && !text.is_empty() => "\"[redacted]\"".to_owned(),
         (ValueKind::String(url), _) if key == "url" => format!("{:?}", redact(url)),
         (ValueKind::String(text), Some(ValueKind::I64(_) | ValueKind::Boolean(_))) => text.clone(),
         (ValueKind::String(text), _) => format!("{text:?}"),

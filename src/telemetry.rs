@@ -32,6 +32,9 @@ pub enum TelemetryError {
     /// The level is not a filter.
     #[error("log.level is not a level or a list of directives: {0}")]
     Level(#[from] tracing_subscriber::filter::ParseError),
+    /// It names a library that prints passwords and bodies.
+    #[error("log.level names {0}: what that library logs holds passwords and bodies, and is left out at any level")]
+    Loud(String),
     /// Logging was started before.
     #[error("logging is started already: {0}")]
     Started(#[from] tracing_subscriber::util::TryInitError),
@@ -61,11 +64,33 @@ pub fn init(settings: &LogSettings) -> Result<(), TelemetryError> {
     Ok(())
 }
 
-fn filter(level: &str) -> Result<EnvFilter, tracing_subscriber::filter::ParseError> {
+/// Libraries that print what they carry: lapin warns of each returned message with its body, and below that prints every frame,
+/// the login's password among them; the others print addresses, headers and messages. Nobody can ask for that.
+const QUIET: [&str; 9] = [
+    "lapin=error",
+    "amq_protocol=error",
+    "amq_protocol_tcp=error",
+    "async_rs=error",
+    "redis=warn",
+    "hyper=info",
+    "ureq=info",
+    "ureq_proto=info",
+    "tungstenite=info",
+];
+
+/// Whether a directive is for a module inside one of [`QUIET`], and would outdo that.
+fn is_loud(directive: &str) -> bool {
+    let target = directive.split(['=', '[']).next().unwrap_or_default().trim();
+    QUIET.iter().filter_map(|quiet| quiet.split('=').next()).any(|quiet| target.split("::").next() == Some(quiet))
+}
+
+fn filter(level: &str) -> Result<EnvFilter, TelemetryError> {
+    if let Some(loud) = level.split(',').find(|directive| is_loud(directive)) {
+        return Err(TelemetryError::Loud(loud.to_owned()));
+    }
     let mut filter = EnvFilter::try_new(level)?;
-    // lapin warns of each returned message with the message in it; bodies are never logged. Whoever names lapin decides.
-    if !level.contains("lapin") {
-        filter = filter.add_directive("lapin=error".parse()?);
+    for directive in QUIET {
+        filter = filter.add_directive(directive.parse()?);
     }
     Ok(filter)
 }
@@ -78,6 +103,10 @@ mod tests {
     fn levels_are_checked_and_lapin_is_kept_quiet() {
         assert!(filter("broadcastd=nonsense").is_err());
         assert!(filter("info").unwrap().to_string().contains("lapin=error"));
-        assert!(!filter("info,lapin=trace").unwrap().to_string().contains("lapin=error"));
+        assert!(filter("trace").unwrap().to_string().contains("amq_protocol_tcp=error"));
+        for loud in ["info,lapin=trace", "lapin::io_loop=trace", "debug, hyper", "redis[x]=trace"] {
+            assert!(filter(loud).unwrap_err().to_string().contains("passwords"), "{loud}");
+        }
+        assert!(filter("info,broadcastd::ledger::redis=trace").is_ok());
     }
 }

@@ -159,6 +159,8 @@ fn every_metric_is_documented() {
 fn fault_rows(table: &str) -> Vec<(u32, std::collections::BTreeMap<&str, String>)> {
     let mut rows = Vec::new();
     for block in table.split("\n### ").skip(1) {
+        // What follows the table, under headings of its own, is no part of its last row.
+        let block = block.split("\n## ").next().unwrap();
         let number = block.split('.').next().unwrap().parse().unwrap();
         let fields = block.split("\n\n").filter_map(|paragraph| paragraph.split_once(": "));
         rows.push((number, fields.map(|(field, text)| (field, text.replace('\n', " ").trim().to_owned())).collect()));
@@ -175,7 +177,7 @@ fn find_test(reference: &str) -> Result<(), String> {
     let at = lines.iter().position(|line| line.contains(&wanted)).ok_or_else(|| format!("{file} has no {name}"))?;
     let attributes = || lines[..at].iter().rev().take_while(|line| line.starts_with('#') || line.starts_with("//"));
     let is_test = |line: &&str| line.starts_with("#[test]") || line.starts_with("#[tokio::test");
-    if !attributes().any(|line| is_test(line)) {
+    if !attributes().any(is_test) {
         return Err(format!("{name} is no test"));
     }
     if attributes().any(|line| line.starts_with("#[ignore")) { Err(format!("{name} is not run")) } else { Ok(()) }
@@ -200,8 +202,74 @@ fn every_row_of_the_fault_table_has_a_test() {
 }
 
 #[test]
+fn every_test_of_the_security_section_is_there() {
+    let table = read(&Path::new(ROOT).join("tests/FAULTS.md"));
+    let (_, security) = table.split_once("\n## Security\n").unwrap();
+    let mut wrong = Vec::new();
+    for section in security.split("\n## ").skip(1) {
+        let title = section.lines().next().unwrap();
+        let fields: std::collections::BTreeMap<&str, &str> =
+            section.split("\n\n").filter_map(|paragraph| paragraph.trim().split_once(": ")).collect();
+        for field in ["must", "test", "seen", "broken"] {
+            if fields.get(field).is_none_or(|text| text.len() < 5) {
+                wrong.push(format!("{title} has no `{field}`"));
+            }
+        }
+        let references = fields.get("test").map_or("", |text| *text).split('`').skip(1).step_by(2);
+        wrong.extend(references.filter_map(|test| find_test(test).err()).map(|why| format!("{title}: {why}")));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
 fn a_missing_or_ignored_test_is_found() {
     assert!(find_test("tests/conventions.rs: a_missing_or_ignored_test_is_found").is_ok());
     assert!(find_test("tests/conventions.rs: no_such_test").is_err());
     assert!(find_test("tests/conventions.rs: fault_rows").is_err(), "a function, but no test");
+}
+
+/// Names of what only its owner knows, or what is compared with it.
+const SECRET_NAMES: &[&str] =
+    &["secret", "expose_secret", "check_sum", "checksum", "password", "signature", "mac", "expected", "digest"];
+
+/// The lines on which `==` or `!=` has a secret on one of its sides.
+fn compared_secrets(code: &str) -> Vec<&str> {
+    let last_name = |text: &str| {
+        let text = text.trim_end_matches(|c: char| !c.is_alphanumeric() && c != '_');
+        text.rsplit(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default().to_owned()
+    };
+    // A literal is no secret, whatever it says: it is the name of one.
+    let operand_after = |text: &str| {
+        if text.starts_with('"') {
+            return String::new();
+        }
+        let end = text.find([' ', ',', ';', '{', '|', ')']).unwrap_or(text.len());
+        last_name(&text[..end])
+    };
+    let is_secret = |name: String| SECRET_NAMES.contains(&name.as_str());
+    let compares = |line: &&str| {
+        ["==", "!="].iter().any(|operator| {
+            line.match_indices(operator).any(|(at, _)| {
+                is_secret(last_name(&line[..at])) || is_secret(operand_after(line[at + 2..].trim_start()))
+            })
+        })
+    };
+    code.lines().filter(compares).collect()
+}
+
+/// By the names on both sides: it finds the mistake that is made by habit, not one that is hidden.
+#[test]
+fn secrets_are_compared_in_constant_time() {
+    for part in ["api", "node", "worker", "ledger", "command", "settings", "app", "amqp", "admin"] {
+        for file in files(part).into_iter().filter(|file| !file.to_string_lossy().contains("test")) {
+            let text = read(&file);
+            let text = code(text.split("#[cfg(test)]").next().unwrap());
+            assert_eq!(compared_secrets(&text), Vec::<&str>::new(), "{}: use subtle's ct_eq", file.display());
+        }
+    }
+    let signature = read(&Path::new(ROOT).join("src/api/signature.rs"));
+    assert!(signature.contains(".ct_eq(self.check_sum.as_bytes())"), "the one comparison of check sums");
+    let wrong = "if a.secret.expose_secret() == b {\nif sum != self.check_sum {\nlet x = expected == y;\n";
+    assert_eq!(compared_secrets(wrong).len(), 3);
+    assert!(compared_secrets("if name == \"secret\" && key == other {\n").is_empty());
 }

@@ -10,8 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::machine::cpu;
 use crate::support::broadcastd::{App, Process};
 use crate::support::guard::Guarded;
-use crate::support::rabbitmq::RabbitMq;
-use crate::support::redis::Redis;
+use crate::support::rabbitmq::{ADMINISTRATOR, RabbitMq, as_user};
+use crate::support::redis::{LOGIN, Redis};
 use crate::support::stack::Stack;
 use crate::support::until;
 
@@ -80,7 +80,9 @@ async fn measure(nodes: usize, count: u64, worker: bool) -> Figure {
     } else {
         let program = std::env::current_exe().unwrap();
         let apps = APPS.to_string();
-        let arguments = [program.to_str().unwrap(), "floor", &stack.amqp_url, &stack.redis_url, &stack.prefix, &apps];
+        // It loads the script, which broadcastd's own user has no need to.
+        let redis_url = stack.redis_url.replace(&format!("{LOGIN}@"), "");
+        let arguments = [program.to_str().unwrap(), "floor", &stack.amqp_url, &redis_url, &stack.prefix, &apps];
         let floor = Guarded::spawn("floor", &arguments, &Default::default(), &redis.folder().join("floor"));
         (floor.pid(), Running::Floor(floor))
     };
@@ -117,7 +119,8 @@ async fn reached(redis: &Redis, count: u64) {
 
 /// Fills the queue, confirmed.
 async fn fill(stack: &Stack, count: u64) {
-    let connection = lapin::Connection::connect(&stack.amqp_url, lapin::ConnectionProperties::default()).await.unwrap();
+    let url = as_user(&stack.amqp_url, ADMINISTRATOR);
+    let connection = lapin::Connection::connect(&url, lapin::ConnectionProperties::default()).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
     channel.queue_purge("broadcast.requests".into(), QueuePurgeOptions::default()).await.unwrap();

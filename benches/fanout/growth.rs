@@ -23,7 +23,8 @@ struct Case {
 
 pub async fn run() {
     let redis = Redis::dedicated(&[]);
-    let ledger = ledger(&redis.url(), "growth:");
+    let prefix = Redis::prefix();
+    let ledger = ledger(&redis.url(), &prefix);
     ledger.health().wait_for(Result::is_ok).await.unwrap();
     let case = |name, apps, nodes, retained| Case { name, apps, nodes, retained, times: Vec::new() };
     let mut cases = [
@@ -36,7 +37,7 @@ pub async fn run() {
     for (number, case) in cases.iter().enumerate() {
         for app in 0..case.apps {
             for some in (0..case.nodes).collect::<Vec<_>>().chunks(500) {
-                let key = format!("growth:{{c{number}-{app}}}:nodes");
+                let key = format!("{prefix}{{c{number}-{app}}}:nodes");
                 let mut command = vec!["ZADD".to_owned(), key];
                 some.iter().for_each(|node| command.extend(["9999999999999".to_owned(), format!("n{node}")]));
                 redis.command(&command.iter().map(String::as_str).collect::<Vec<_>>());
@@ -81,8 +82,13 @@ pub fn ledger(url: &str, prefix: &str) -> RedisLedger {
         url_file: String::new(),
         mode: Mode::Single,
         sentinel_service: String::new(),
+        sentinel_username: String::new(),
+        sentinel_password: String::new().into(),
+        sentinel_password_file: String::new(),
         key_prefix: prefix.to_owned(),
         ca_file: String::new(),
+        client_certificate_file: String::new(),
+        client_key_file: String::new(),
         connect_timeout_ms: 2000,
         response_timeout_ms: 5000,
         test_clock_key: None,

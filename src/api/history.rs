@@ -4,11 +4,10 @@ use std::future::Future;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tokio::sync::OwnedSemaphorePermit;
 
-use super::Api;
 use super::form::Form;
 use super::nim::Answer;
+use super::{Api, Place};
 use crate::broadcast::app::App;
 use crate::broadcast::envelope;
 use crate::broadcast::verdict::{Rejection, code};
@@ -52,17 +51,12 @@ pub(super) async fn query(api: &Api, app: &App, mut form: Form) -> Result<Answer
 }
 
 /// Deletes a broadcast. One that is gone already is a 404: also the second time that the same deletion is asked for.
-pub(super) async fn delete(
-    api: &Arc<Api>,
-    app: Arc<App>,
-    mut form: Form,
-    permit: OwnedSemaphorePermit,
-) -> Result<Answer, Answer> {
+pub(super) async fn delete(api: &Arc<Api>, app: Arc<App>, mut form: Form, place: Place) -> Result<Answer, Answer> {
     let id = broadcast_id(&mut form)?;
     let api = Arc::clone(api);
     // A task of its own: a caller that hangs up must not leave a deletion half done and unlogged.
     let task = tokio::spawn(async move {
-        let _permit = permit;
+        let _place = place;
         api.recall(&app, id).await
     });
     task.await.map_err(|_| Answer::error(code::UNKNOWN, UNKNOWN_DELETION))?

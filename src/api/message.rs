@@ -50,7 +50,7 @@ struct Wire<'a> {
 }
 
 /// The request as the worker reads it: the message's body.
-pub(super) fn encode(request: &Request) -> Result<Vec<u8>, serde_json::Error> {
+pub(crate) fn encode(request: &Request) -> Result<Vec<u8>, serde_json::Error> {
     serde_json::to_vec(&Wire {
         request_id: &request.id,
         app_key: request.app.as_str(),

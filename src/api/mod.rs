@@ -16,17 +16,17 @@ pub mod submit;
 #[cfg(test)]
 mod testing;
 
-use std::sync::{Arc, Mutex};
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::routing::{any, get, post};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::broadcast::app::Directory;
+use crate::broadcast::app::{App, AppKey, Directory};
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
-use signature::Replays;
 use submit::Submitter;
 
 /// Section `[api]`.
@@ -37,6 +37,9 @@ pub struct ApiSettings {
     pub reply_timeout_ms: u64,
     /// Calls under way at once; a further one is answered 503 at once, it does not wait.
     pub max_in_flight: usize,
+    /// Calls of one app under way at once, likewise: so many of its requests may stand in the queue before another app's,
+    /// and a flood leaves the others their places.
+    pub max_in_flight_per_app: usize,
     /// The largest body that is read, in bytes.
     pub max_body_bytes: usize,
     /// How far `CurTime` may be from this server's clock, in seconds, either way.
@@ -51,6 +54,9 @@ impl ApiSettings {
     pub fn validate(&self) -> Result<(), String> {
         if self.reply_timeout_ms == 0 || self.max_in_flight == 0 || self.checksum_window_seconds == 0 {
             return Err("api.reply_timeout_ms, api.max_in_flight and api.checksum_window_seconds are at least 1".into());
+        }
+        if self.max_in_flight_per_app == 0 {
+            return Err("api.max_in_flight_per_app is at least 1".into());
         }
         // A body of 4096 characters of four bytes each, percent-encoded.
         if self.max_body_bytes < 50_000 {
@@ -75,12 +81,13 @@ pub struct Api {
     metrics: Metrics,
     /// One permit a call under way; none left is answered 503.
     in_flight: Arc<Semaphore>,
-    /// A std Mutex, not tokio's: never held across an await.
-    replays: Mutex<Replays>,
+    /// The same for each app by itself.
+    shares: HashMap<AppKey, Arc<Semaphore>>,
 }
 
 impl Api {
-    /// Puts the parts together. `ledger`: for the queries and the deletion; sending goes through `submitter`.
+    /// Puts the parts together. `ledger`: for the queries, the deletion and the signatures that were used; sending goes
+    /// through `submitter`.
     #[must_use]
     pub fn new(
         settings: ApiSettings,
@@ -90,8 +97,23 @@ impl Api {
         metrics: Metrics,
     ) -> Self {
         let in_flight = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
-        Self { settings, directory, ledger, submitter, metrics, in_flight, replays: Mutex::default() }
+        let share = || Arc::new(Semaphore::new(settings.max_in_flight_per_app.min(Semaphore::MAX_PERMITS)));
+        let shares = directory.iter().map(|app| (app.key.clone(), share())).collect();
+        Self { settings, directory, ledger, submitter, metrics, in_flight, shares }
     }
+
+    /// A place for one more call of this app; `None` if the app, or all together, have as many under way as they may.
+    fn place(&self, app: &App) -> Option<Place> {
+        let share = Arc::clone(self.shares.get(&app.key)?).try_acquire_owned().ok()?;
+        let any = Arc::clone(&self.in_flight).try_acquire_owned().ok()?;
+        Some(Place { _share: share, _any: any })
+    }
+}
+
+/// A call under way; dropped, it is over.
+struct Place {
+    _share: OwnedSemaphorePermit,
+    _any: OwnedSemaphorePermit,
 }
 
 /// The routes: the calls under `/nimserver`, and the console at `/`. Serve it with [`serve::serve`] or

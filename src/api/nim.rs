@@ -9,13 +9,12 @@ use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
 use super::form::Form;
-use super::signature::{Signed, single};
+use super::signature::{self, Signed, single};
 use super::submit::Outcome;
-use super::{Api, body, history};
+use super::{Api, Place, body, history};
 use crate::broadcast::app::App;
 use crate::broadcast::request::{MAX_REQUEST_ID, RawRequest, Request, Submission, hex};
 use crate::broadcast::verdict::{Rejection, code};
@@ -65,7 +64,7 @@ impl Call {
         }
     }
 
-    const fn parameters(self) -> &'static [&'static str] {
+    pub(crate) const fn parameters(self) -> &'static [&'static str] {
         match self {
             Self::Broadcast => {
                 &["body", "from", "isOffline", "ttl", "ttlSeconds", "targetOs", "requestId", "dedupeSeconds"]
@@ -132,12 +131,12 @@ impl Api {
         let (parts, body) = request.into_parts();
         // Read before the signature is judged, so that the connection stays usable; bounded either way.
         let body = body::read(&parts.headers, body, self.settings.max_body_bytes).await;
-        let app = self.authenticate(&parts.headers)?;
+        let app = self.authenticate(&parts.headers).await?;
         let mut form = Form::parse(single(&parts.headers, "Content-Type")?, &body?, call.parameters())?;
         if !app.broadcast {
             return Err(Answer::error(code::FORBIDDEN, "broadcasts are not activated for this app"));
         }
-        let Ok(permit) = Arc::clone(&self.in_flight).try_acquire_owned() else {
+        let Some(place) = self.place(&app) else {
             let mut busy = Answer::error(code::BUSY, "busy: nothing was sent; try again later");
             if let Some(id) = form.take("requestId").filter(|id| !id.is_empty()) {
                 busy.json["requestId"] = id.into();
@@ -145,24 +144,33 @@ impl Api {
             return Err(busy);
         };
         match call {
-            Call::Broadcast => self.broadcast(&app, &parts.headers, form, permit).await,
+            Call::Broadcast => self.broadcast(&app, &parts.headers, form, place).await,
             Call::QueryById => history::query_by_id(self, &app, form).await,
             Call::Query => history::query(self, &app, form).await,
-            Call::Delete => history::delete(self, app, form, permit).await,
+            Call::Delete => history::delete(self, app, form, place).await,
         }
     }
 
-    fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<App>, Rejection> {
+    async fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<App>, Answer> {
         let now_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let window_s = self.settings.checksum_window_seconds;
         let signed = Signed::from_headers(headers)?;
         let app = self.directory.get(signed.app_key);
         let check_sum = signed.verify(app.map(|app| &app.secret), now_s, window_s)?;
-        // A poisoned lock only means that another call panicked; the set is whole after each step.
-        let mut replays = self.replays.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        replays.take(check_sum, now_s, window_s)?;
         // `verify` has refused an unknown app.
-        app.cloned().ok_or_else(|| Rejection::bad("bad_signature", "AppKey is unknown"))
+        let app = app.cloned().ok_or_else(|| Rejection::bad("bad_signature", "AppKey is unknown"))?;
+        match signature::take(&*self.ledger, &app.key, check_sum, window_s).await {
+            Ok(true) => Ok(app),
+            Ok(false) => {
+                Err(Rejection::bad("replayed", "this Nonce and CurTime were used before; sign each call anew").into())
+            }
+            Err(error) => {
+                tracing::warn!(%error, app = %app.key, "a call was refused: whether it is a replay cannot be told");
+                let desc =
+                    "busy: nothing was sent (signatures cannot be compared with earlier ones); sign anew, try later";
+                Err(Answer::error(code::BUSY, desc))
+            }
+        }
     }
 
     async fn broadcast(
@@ -170,14 +178,14 @@ impl Api {
         app: &App,
         headers: &HeaderMap,
         form: Form,
-        permit: OwnedSemaphorePermit,
+        place: Place,
     ) -> Result<Answer, Answer> {
         let request = request(app, form, single(headers, "RequestId")?)?;
         let submission = Submission::new(request, &self.directory).map_err(|(_, rejection)| rejection)?;
         let api = Arc::clone(self);
         // A task of its own: a caller that hangs up must not leave a request half submitted and unlogged.
         let task = tokio::spawn(async move {
-            let _permit = permit;
+            let _place = place;
             api.submit(&submission).await
         });
         task.await.map_err(|_| Answer::error(code::UNKNOWN, "unknown: this server failed; ask again"))
@@ -214,7 +222,7 @@ fn with_request_id(code: u16, desc: &str, request_id: &str) -> Answer {
 }
 
 /// The request that the parameters describe. `sdk_id`: the `RequestId` header.
-fn request(app: &App, mut form: Form, sdk_id: Option<&str>) -> Result<Request, Rejection> {
+pub(crate) fn request(app: &App, mut form: Form, sdk_id: Option<&str>) -> Result<Request, Rejection> {
     let given = form.take("requestId").filter(|id| !id.is_empty());
     let dedupe_seconds = form.take_number("dedupeSeconds")?;
     let target_os = match form.take("targetOs").filter(|text| !text.is_empty()) {

@@ -129,6 +129,18 @@ async fn a_replayed_signature_is_refused_even_for_another_call() {
 }
 
 #[tokio::test]
+async fn while_replays_cannot_be_told_nobody_is_let_in() {
+    let bench = bench();
+    bench.ledger.forgetful.store(true, Ordering::SeqCst);
+    assert_eq!(bench.send(signed(SEND, "demo", "body=hi")).await["code"], 503);
+    assert!(bench.ledger.submissions.lock().unwrap().is_empty());
+    // A wrong signature is still told so: it needs nobody's memory.
+    let mut wrong = signed(SEND, "demo", "body=hi");
+    wrong.headers_mut().insert("CheckSum", "0".parse().unwrap());
+    assert_eq!(bench.send(wrong).await["code"], 414);
+}
+
+#[tokio::test]
 async fn an_app_with_broadcasts_off_is_refused_with_403() {
     let bench = bench();
     assert_eq!(bench.send(signed(SEND, "quiet", "body=hi")).await["code"], 403);

@@ -1,24 +1,27 @@
 //! Who is calling: `AppKey`, `Nonce`, `CurTime` and `CheckSum`, as the NIM API signs its calls. Pure: `now` is an argument.
 //!
 //! `CheckSum` is the lowercase hex SHA1 of AppSecret + Nonce + CurTime. It covers neither the path nor the parameters, so a
-//! call that was overheard could be repeated with other content: each check sum is therefore taken once ([`Replays`]).
+//! call that was overheard could be repeated with other content: each check sum is therefore taken once ([`take`]).
+//!
+//! Once, whatever the content: a repetition that names the same request id is refused too. The official SDKs sign each of their
+//! retries anew, under the same request id, and that finds the stored verdict. The pair of Nonce and CurTime is what has to be new;
+//! a nonce alone may return, for there are clients that do not care, and nobody can make a check sum of an old one.
 
-use std::collections::{HashSet, VecDeque};
+use std::time::Duration;
 
 use axum::http::HeaderMap;
 use secrecy::{ExposeSecret, SecretString};
 use sha1::{Digest, Sha1};
+use sha2::Sha256;
 use subtle::ConstantTimeEq;
 
+use crate::broadcast::app::AppKey;
 use crate::broadcast::request::hex;
 use crate::broadcast::verdict::Rejection;
+use crate::ledger::{Ledger, LedgerError};
 
 /// The longest `Nonce`, in characters.
 pub const MAX_NONCE: usize = 128;
-
-/// How many check sums are remembered; when there are more, the oldest is forgotten, and could be replayed until its
-/// `CurTime` is stale. About 12 MB when full.
-pub const MAX_REMEMBERED: usize = 200_000;
 
 /// The four headers of a signed call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +53,7 @@ impl<'a> Signed<'a> {
         })
     }
 
-    /// Checks the signature and returns it as what [`Replays`] remembers.
+    /// Checks the signature and returns it as what [`take`] remembers.
     ///
     /// `secret`: the app's, `None` if there is no such app, which is answered like a wrong check sum. `now_s`: this server's
     /// clock, seconds since the Unix epoch. `window_s`: how far `CurTime` may be from it, either way.
@@ -112,54 +115,20 @@ fn digest(secret: &str, nonce: &str, cur_time: &str) -> [u8; 20] {
     hash.finalize().into()
 }
 
-/// A check sum that was right.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// A check sum that was right. Only these are remembered, so that a stranger cannot fill the ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CheckSum([u8; 20]);
 
-/// The check sums that were taken, each until its `CurTime` is surely stale.
+/// Takes a check sum, for all processes that share the ledger, until its `CurTime` is surely stale.
 ///
-/// Only right ones get in, so a stranger cannot fill it. It is this process's own: behind a balancer, a call could be
-/// replayed once at each replica.
-#[derive(Debug)]
-pub struct Replays {
-    most: usize,
-    taken: HashSet<CheckSum>,
-    /// By the time from which they may be forgotten, seconds since the Unix epoch; that is the order of arrival.
-    order: VecDeque<(u64, CheckSum)>,
-}
-
-impl Default for Replays {
-    fn default() -> Self {
-        Self::new(MAX_REMEMBERED)
-    }
-}
-
-impl Replays {
-    /// Remembers `most` at the most.
-    #[must_use]
-    pub fn new(most: usize) -> Self {
-        Self { most: most.max(1), taken: HashSet::new(), order: VecDeque::new() }
-    }
-
-    /// Takes a check sum.
-    ///
-    /// # Errors
-    /// A 414, if it was taken before.
-    pub fn take(&mut self, check_sum: CheckSum, now_s: u64, window_s: u64) -> Result<(), Rejection> {
-        while let Some((until, oldest)) = self.order.front().copied() {
-            if until > now_s && self.taken.len() < self.most {
-                break;
-            }
-            self.order.pop_front();
-            self.taken.remove(&oldest);
-        }
-        if !self.taken.insert(check_sum) {
-            return Err(Rejection::bad("replayed", "this Nonce and CurTime were used before; sign each call anew"));
-        }
-        // CurTime may lie a window ahead, and is good for a window after that.
-        self.order.push_back((now_s.saturating_add(window_s.saturating_mul(2)).saturating_add(1), check_sum));
-        Ok(())
-    }
+/// What is remembered is a digest: who reads the ledger learns nothing that could be sent.
+///
+/// # Errors
+/// The ledger's, if it cannot say; nobody may then be let in.
+pub async fn take(ledger: &dyn Ledger, app: &AppKey, sum: CheckSum, window_s: u64) -> Result<bool, LedgerError> {
+    // CurTime may lie a window ahead, and is good for a window after that; and a little, for clocks that differ.
+    let time = Duration::from_secs(window_s.saturating_mul(2).saturating_add(60));
+    ledger.first_use(app, &hex(&Sha256::digest(sum.0)[..16]), time).await
 }
 
 #[cfg(test)]
@@ -205,21 +174,6 @@ mod tests {
             let signed = Signed { app_key: "demo", nonce: &nonce, cur_time: &cur_time, check_sum: &sum };
             prop_assert!(signed.verify(Some(&secret()), NOW, 300).is_err());
         }
-
-        #[test]
-        fn a_replay_is_refused_for_as_long_as_it_would_verify(steps in proptest::collection::vec((0u8..6, 0u64..200), 1..200)) {
-            let mut replays = Replays::new(1000);
-            let mut now = NOW;
-            let mut taken: std::collections::HashMap<u8, u64> = std::collections::HashMap::new();
-            for (sum, pause) in steps {
-                now += pause;
-                let known = taken.get(&sum).is_some_and(|at| now <= at + 600);
-                let refused = replays.take(CheckSum([sum; 20]), now, 300).is_err();
-                prop_assert_eq!(refused, known);
-                if !refused { taken.insert(sum, now); }
-                prop_assert_eq!(replays.order.len(), replays.taken.len());
-            }
-        }
     }
 
     #[test]
@@ -250,16 +204,5 @@ mod tests {
         let signed = Signed { app_key: "demo", nonce: "n", cur_time: &now, check_sum: &empty };
         let unknown = signed.verify(None, NOW, 300).unwrap_err();
         assert_eq!(unknown, signed.verify(Some(&secret()), NOW, 300).unwrap_err());
-    }
-
-    #[test]
-    fn when_full_the_oldest_is_forgotten() {
-        let mut replays = Replays::new(2);
-        for sum in 0..3u8 {
-            replays.take(CheckSum([sum; 20]), NOW, 300).unwrap();
-        }
-        assert!(replays.take(CheckSum([2; 20]), NOW, 300).is_err());
-        assert!(replays.take(CheckSum([0; 20]), NOW, 300).is_ok());
-        assert!(replays.taken.len() <= 2);
     }
 }

@@ -72,6 +72,15 @@ impl DirectSubmitter {
     async fn submit(&self, submission: &Submission) -> Outcome {
         let deadline = Instant::now() + self.reply_timeout;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let health = self.ledger.health();
+        // What a ledger in trouble was never asked for is certain not to be sent.
+        while health.borrow().is_err() {
+            let wait = backoff.next_delay();
+            if Instant::now() + wait >= deadline {
+                return Outcome::Busy("the store cannot be written; /readyz says why");
+            }
+            tokio::time::sleep(wait).await;
+        }
         loop {
             let started = Instant::now();
             let batch = std::slice::from_ref(submission);

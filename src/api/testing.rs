@@ -1,6 +1,6 @@
 //! A small ledger in memory and signed calls, for the tests of the API.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -32,6 +32,8 @@ pub const START: BroadcastId = 1_764_000_000_000_000;
 #[derive(Default)]
 pub struct FakeLedger {
     pub down: AtomicBool,
+    /// It cannot say what was used.
+    pub forgetful: AtomicBool,
     /// This many calls are accepted, but answered as if they had been lost.
     pub lose_answers: AtomicU32,
     /// Deletions wait while this is held for writing.
@@ -39,6 +41,7 @@ pub struct FakeLedger {
     pub submissions: Mutex<Vec<Submission>>,
     verdicts: Mutex<HashMap<String, (String, Accepted)>>,
     log: Mutex<Vec<Envelope>>,
+    used: Mutex<HashSet<String>>,
 }
 
 impl FakeLedger {
@@ -114,6 +117,15 @@ impl Ledger for FakeLedger {
         })
     }
 
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, _: Duration) -> Answer<'a, bool> {
+        Box::pin(async move {
+            if self.forgetful.load(Ordering::SeqCst) {
+                return Err(LedgerError::Unavailable("down".to_owned()));
+            }
+            Ok(self.used.lock().unwrap().insert(format!("{app} {mark}")))
+        })
+    }
+
     fn join<'a>(&'a self, _: &'a AppKey, _: &'a NodeName, _: Duration, _: BroadcastId) -> Answer<'a, Snapshot> {
         unimplemented!("a node's")
     }
@@ -159,7 +171,13 @@ impl Ledger for FakeLedger {
 }
 
 pub fn settings() -> ApiSettings {
-    ApiSettings { reply_timeout_ms: 300, max_in_flight: 10, max_body_bytes: 65_536, checksum_window_seconds: 300 }
+    ApiSettings {
+        reply_timeout_ms: 300,
+        max_in_flight: 10,
+        max_in_flight_per_app: 10,
+        max_body_bytes: 65_536,
+        checksum_window_seconds: 300,
+    }
 }
 
 /// The routes over a fake ledger, with the apps `demo`, and `quiet` for which broadcasts are off.

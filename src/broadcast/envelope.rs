@@ -10,16 +10,21 @@
 //! ```
 //!
 //! `time` and `expires` are milliseconds since the Unix epoch, `expires` is 0 if it is not retained. A recall has an id of its
-//! own in the same chain, so that a node that missed one notices the gap. Fields that a reader does not know are skipped: old
-//! and new versions can run side by side.
+//! own in the same chain, so that a node that missed one notices the gap.
+//!
+//! Old and new versions run side by side by three rules. The first five fields are the header: their names, their order and
+//! their meaning stay for ever (the scripts read them by position). Behind it fields may be added; a reader skips those that
+//! it does not know. `v` is the version that a reader must know to deliver the envelope: it rises only for what an older
+//! reader would deliver wrongly, and that one then keeps its place in the chain and delivers nothing of it
+//! ([`Content::Newer`]). So nodes are updated before whatever writes a larger `v`.
 
 use serde::{Deserialize, Serialize};
 
-use super::BroadcastId;
 use super::platform::Platforms;
 use super::request::Request;
+use super::{BroadcastId, MAX_ID};
 
-/// The version that is written.
+/// The version that is written, and the largest that is delivered.
 pub const VERSION: u32 = 1;
 
 /// One entry of an app's log, read.
@@ -53,6 +58,8 @@ pub enum Content {
     },
     /// The broadcast of this id was deleted.
     Recall(BroadcastId),
+    /// Something of this version, larger than [`VERSION`]: not to be delivered by a reader that does not know it.
+    Newer(u32),
 }
 
 #[derive(Serialize)]
@@ -69,6 +76,8 @@ struct Tail<'a> {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Wire {
+    #[serde(default = "first_version")]
+    v: u32,
     id: BroadcastId,
     prev: BroadcastId,
     time: u64,
@@ -82,6 +91,21 @@ struct Wire {
     body: String,
     target_os: Option<Vec<String>>,
     recall: Option<BroadcastId>,
+}
+
+const fn first_version() -> u32 {
+    VERSION
+}
+
+/// The part that stays for ever: all that is read of an envelope of a larger version, whose other fields may have become
+/// anything.
+#[derive(Deserialize)]
+struct Header {
+    v: u32,
+    id: BroadcastId,
+    prev: BroadcastId,
+    time: u64,
+    expires: u64,
 }
 
 /// An envelope that cannot be read.
@@ -117,13 +141,33 @@ pub fn recall(id: BroadcastId, prev: BroadcastId, time_ms: u64, recalled: Broadc
     format!(r#"{{"v":{VERSION},"id":{id},"prev":{prev},"time":{time_ms},"expires":0,"recall":{recalled}}}"#)
 }
 
+/// Whether a ledger can have given these.
+const fn in_range(id: BroadcastId, prev: BroadcastId) -> bool {
+    id <= MAX_ID && prev < id
+}
+
 impl Envelope {
     /// Reads one.
     ///
     /// # Errors
     /// [`Unreadable`], without the text: it is never logged.
     pub fn read(bytes: &[u8]) -> Result<Self, Unreadable> {
-        let wire: Wire = serde_json::from_slice(bytes).map_err(|error| Unreadable { offset: error.column() })?;
+        let wire = match serde_json::from_slice::<Wire>(bytes) {
+            Ok(wire) if wire.v <= VERSION => wire,
+            unknown => {
+                let header = serde_json::from_slice::<Header>(bytes).ok().filter(|header| header.v > VERSION);
+                let Header { v, id, prev, time, expires } =
+                    header.ok_or_else(|| Unreadable { offset: unknown.err().map_or(0, |error| error.column()) })?;
+                if !in_range(id, prev) {
+                    return Err(Unreadable { offset: bytes.len() });
+                }
+                return Ok(Self { id, prev, time_ms: time, expires_ms: expires, content: Content::Newer(v) });
+            }
+        };
+        // An id that is none of ours would make a node deaf to all that come after it.
+        if !in_range(wire.id, wire.prev) || wire.recall.is_some_and(|recalled| recalled > MAX_ID) {
+            return Err(Unreadable { offset: bytes.len() });
+        }
         let content = match wire.recall {
             Some(id) => Content::Recall(id),
             None => Content::Broadcast {
@@ -146,7 +190,7 @@ impl Envelope {
 
 /// A broadcast as the history calls of the NIM API show it.
 ///
-/// `None` for a recall, which is not a broadcast.
+/// `None` for a recall, which is not a broadcast, and for what only a newer version can read.
 #[must_use]
 pub fn history(envelope: &Envelope) -> Option<serde_json::Value> {
     let Content::Broadcast { from, body, targets, .. } = &envelope.content else { return None };
@@ -191,9 +235,9 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_version_with_more_fields_is_read() {
+    fn fields_and_platforms_that_only_a_newer_version_knows_are_skipped() {
         let text =
-            r#"{"v":2,"id":2,"prev":1,"time":3,"expires":0,"colour":{"a":[1]},"body":"x","targetOs":["web","tv"]}"#;
+            r#"{"v":1,"id":2,"prev":1,"time":3,"expires":0,"colour":{"a":[1]},"body":"x","targetOs":["web","tv"]}"#;
         let Content::Broadcast { body, targets, .. } = Envelope::read(text.as_bytes()).unwrap().content else {
             panic!("a broadcast")
         };
@@ -203,6 +247,32 @@ mod tests {
             panic!("a broadcast")
         };
         assert!(crate::broadcast::platform::Platform::ALL.iter().all(|platform| !targets.contains(*platform)));
+    }
+
+    #[test]
+    fn of_a_larger_version_only_the_header_is_read() {
+        for rest in [r#""body":"x""#, r#""body":{"html":"x"},"recall":"all""#, r#""sealed":[1]"#] {
+            let text = format!(r#"{{"v":2,"id":2,"prev":1,"time":3,"expires":4,{rest}}}"#);
+            let envelope = Envelope::read(text.as_bytes()).unwrap();
+            assert_eq!((envelope.id, envelope.prev, envelope.time_ms, envelope.expires_ms), (2, 1, 3, 4), "{rest}");
+            assert_eq!(envelope.content, Content::Newer(2), "{rest}");
+            assert_eq!(history(&envelope), None, "{rest}");
+        }
+        for bad in
+            [r#"{"v":2,"id":2}"#, r#"{"v":"2","id":2,"prev":1,"time":3,"expires":4}"#, "{", r#"{"v":1,"id":"2"}"#]
+        {
+            assert!(Envelope::read(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ids_beyond_those_of_a_ledger_are_unreadable() {
+        let read = |id, prev| Envelope::read(broadcast(id, prev, 3, 0, &tail(&request())).as_bytes());
+        assert!(read(MAX_ID, MAX_ID - 1).is_ok());
+        for (id, prev) in [(0, 0), (5, 5), (5, 6), (MAX_ID + 1, 5)] {
+            assert!(read(id, prev).is_err(), "{id} after {prev}");
+        }
+        assert!(Envelope::read(recall(5, 4, 3, MAX_ID + 1).as_bytes()).is_err());
     }
 
     #[test]

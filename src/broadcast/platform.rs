@@ -49,6 +49,8 @@ pub struct Platforms(u8);
 impl Platforms {
     /// All five.
     pub const ALL: Self = Self(0b1_1111);
+    /// None of them: what no device here is to get.
+    pub const NONE: Self = Self(0);
 
     /// Reads a list of names; `all` stands for every platform.
     ///

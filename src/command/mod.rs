@@ -1,6 +1,6 @@
-//! The commands that a person runs against a server: send, listen, token, health, and the demo's script.
+//! The commands that a person runs against a server: send, listen, token, health, redrive, and the demo's script.
 //!
-//! They are clients like any other, and speak to the server over HTTP and WebSocket only.
+//! They are clients like any other, and speak to the server over HTTP and WebSocket; only redrive speaks to the broker.
 
 pub mod bench;
 pub mod call;
@@ -8,6 +8,7 @@ pub mod demo;
 pub mod device;
 pub mod health;
 pub mod listen;
+pub mod redrive;
 pub mod send;
 pub mod token;
 

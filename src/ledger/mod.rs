@@ -87,6 +87,8 @@ pub struct Snapshot {
     pub log: Vec<Stored>,
     /// All retained broadcasts that were valid, oldest first.
     pub retained: Vec<Stored>,
+    /// How many entries the log has ever had, those that it has let go included, if the ledger counts them.
+    pub logged: Option<u64>,
 }
 
 /// The answer to a lease renewal.
@@ -155,6 +157,11 @@ pub trait Ledger: Send + Sync {
     /// Broadcasts with ids below `before` (0: from the newest), newest first, at most `limit`.
     fn list<'a>(&'a self, app: &'a AppKey, before: BroadcastId, limit: usize, kind: Kind) -> Answer<'a, Vec<Envelope>>;
 
+    /// Whether this is the first use of `mark` by the app; it is remembered for `time` from now. One call of all that use the
+    /// same mark is told `true`, whichever process they are in. The one exception to repeating: a call whose answer was
+    /// lost may have been the first use.
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, time: Duration) -> Answer<'a, bool>;
+
     /// Takes or renews the node's lease, and reads the app's state after `after` in the same instant: whatever is accepted
     /// from then on is published to the node.
     fn join<'a>(
@@ -177,8 +184,8 @@ pub trait Ledger: Send + Sync {
     fn leave<'a>(&'a self, app: &'a AppKey, node: &'a NodeName) -> Answer<'a, ()>;
 
     /// Writes back what the ledger may have lost: raises the head to `head`, retains `retained` (expired or known ones are
-    /// skipped, the newest 100 stay), and forgets the retained broadcasts that are named in `recalled`. Returns how many
-    /// were missing.
+    /// skipped, the newest 100 stay), and forgets the retained broadcasts that are named in `recalled`. What was deleted
+    /// after `head`, which the node cannot know yet, does not come back. Returns how many were missing.
     fn restore<'a>(
         &'a self,
         app: &'a AppKey,

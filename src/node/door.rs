@@ -1,7 +1,7 @@
 //! The door: takes connections from the one listener and deals them to the shards.
 
 use std::io::{self, Write};
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -10,7 +10,6 @@ use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token, Waker};
 use socket2::SockRef;
 
-use super::http::Refusal;
 use super::shard::{Message, Sender};
 use super::shared::Shared;
 
@@ -125,7 +124,7 @@ impl Door {
                 return Some(wait.max(Duration::from_millis(1)));
             }
             match self.listener.accept() {
-                Ok((socket, _)) => self.deal(socket),
+                Ok((socket, peer)) => self.deal(socket, peer.ip()),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return None,
                     io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
@@ -139,17 +138,17 @@ impl Door {
         }
     }
 
-    fn deal(&mut self, mut socket: TcpStream) {
+    fn deal(&mut self, mut socket: TcpStream, peer: IpAddr) {
         self.shared.metrics.connections.inc();
-        let open = self.shared.connections.fetch_add(1, Ordering::AcqRel);
-        if open >= self.shared.settings.max_sessions {
-            self.shared.connections.fetch_sub(1, Ordering::AcqRel);
-            let refusal = Refusal::Busy;
-            self.shared.metrics.connections_refused.with_label_values(&[refusal.reason()]).inc();
-            // A new socket's buffer has room for it; whoever is gone already does not miss it.
-            let _ = socket.write(refusal.answer().as_bytes());
-            return;
-        }
+        let permit = match self.shared.caps.admit(peer) {
+            Ok(permit) => permit,
+            Err(refusal) => {
+                self.shared.metrics.connections_refused.with_label_values(&[refusal.reason()]).inc();
+                // A new socket's buffer has room for it; whoever is gone already does not miss it.
+                let _ = socket.write(refusal.answer().as_bytes());
+                return;
+            }
+        };
         // A frame is one write: waiting for more to send would only delay it.
         if let Err(error) = socket.set_nodelay(true) {
             tracing::debug!(%error, "a connection without TCP_NODELAY");
@@ -163,7 +162,7 @@ impl Door {
         let shard = self.next % self.shards.len().max(1);
         self.next = shard + 1;
         if let Some(shard) = self.shards.get(shard) {
-            shard.send_blocking(Message::Connection(socket));
+            shard.send_blocking(Message::Connection(socket, permit));
         }
     }
 }

@@ -65,16 +65,18 @@ impl Entry {
             Content::Broadcast { from, body, targets, .. } => {
                 let told =
                     Told::Broadcast { id: envelope.id, from_account: from, time: envelope.time_ms, content: body };
-                (told, *targets, None)
+                (Some(told), *targets, None)
             }
-            Content::Recall(target) => (Told::Recall { id: *target }, Platforms::ALL, Some(*target)),
+            Content::Recall(target) => (Some(Told::Recall { id: *target }), Platforms::ALL, Some(*target)),
+            // For no device here; it only keeps its place, so that what comes after it is no gap.
+            Content::Newer(_) => (None, Platforms::NONE, None),
         };
         // Numbers and strings always serialise; an empty frame would be a text without content, not a panic.
-        let json = serde_json::to_string(&told).unwrap_or_default();
-        let frame = codec::text(&json).into_boxed_slice();
+        let frame = told.map(|told| codec::text(&serde_json::to_string(&told).unwrap_or_default())).unwrap_or_default();
+        let frame = frame.into_boxed_slice();
         let request_id = match envelope.content {
             Content::Broadcast { request_id, .. } => request_id.into_boxed_str(),
-            Content::Recall(_) => Box::default(),
+            Content::Recall(_) | Content::Newer(_) => Box::default(),
         };
         Self {
             id: envelope.id,

@@ -43,6 +43,8 @@ pub enum Refusal {
     TooLarge,
     /// No room for another connection.
     Busy,
+    /// No room for another connection from this address.
+    TooMany,
 }
 
 impl Refusal {
@@ -63,6 +65,9 @@ impl Refusal {
             Self::Busy => {
                 "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
             }
+            Self::TooMany => {
+                "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 10\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            }
         }
     }
 
@@ -76,6 +81,7 @@ impl Refusal {
             Self::UpgradeRequired => "no_upgrade",
             Self::TooLarge => "head_too_large",
             Self::Busy => "busy",
+            Self::TooMany => "address_full",
         }
     }
 }
@@ -113,19 +119,22 @@ pub fn read_head(bytes: &[u8], allowed_origins: &[String]) -> Head {
     {
         return Head::Refused(Refusal::UpgradeRequired);
     }
-    if let Some(origin) = header("origin")
-        && !allowed_origins.is_empty()
-        && !allowed_origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
-    {
+    // Each of them, readable or not: nobody has two, and the first need not be the one that counts.
+    let mut origins = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("origin"));
+    let is_allowed = |origin: &[u8]| {
+        allowed_origins.iter().any(|allowed| allowed.as_bytes().eq_ignore_ascii_case(origin.trim_ascii()))
+    };
+    if !allowed_origins.is_empty() && !origins.all(|header| is_allowed(header.value)) {
         return Head::Refused(Refusal::Forbidden);
     }
-    let hosts = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("host")).count();
+    let count = |name: &str| request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name)).count();
+    let is_ambiguous = ["host", "sec-websocket-key", "sec-websocket-version"].into_iter().any(|name| count(name) != 1);
     // What follows the head are frames: a body would be taken for them.
     let has_body = request.headers.iter().any(|header| {
         header.name.eq_ignore_ascii_case("transfer-encoding")
             || header.name.eq_ignore_ascii_case("content-length") && header.value.trim_ascii() != b"0"
     });
-    if hosts != 1 || has_body {
+    if is_ambiguous || has_body {
         return Head::Refused(Refusal::BadRequest);
     }
     let Some(key) = header("sec-websocket-key") else { return Head::Refused(Refusal::BadRequest) };
@@ -184,7 +193,9 @@ mod tests {
         assert_eq!(refused(&GOOD.replace("GET", "POST")), Refusal::UpgradeRequired);
         assert_eq!(refused(&GOOD.replace("dGhlIHNhbXBsZSBub25jZQ==", "short")), Refusal::BadRequest);
         assert_eq!(refused(&GOOD.replace("Host: x\r\n", "")), Refusal::BadRequest);
-        assert_eq!(refused(&GOOD.replace("Host: x", "Host: x\r\nHost: y")), Refusal::BadRequest);
+        for header in ["Host: y", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"] {
+            assert_eq!(refused(&GOOD.replace("Host: x", &format!("Host: x\r\n{header}"))), Refusal::BadRequest);
+        }
         assert_eq!(refused(&GOOD.replace("Host: x", "Host: x\r\nContent-Length: 3")), Refusal::BadRequest);
         assert_eq!(refused(&GOOD.replace("Host: x", "Host: x\r\nTransfer-Encoding: chunked")), Refusal::BadRequest);
         assert!(matches!(read(&GOOD.replace("Host: x", "Host: x\r\nContent-Length: 0")), Head::Upgrade { .. }));
@@ -199,6 +210,10 @@ mod tests {
         assert!(matches!(read_head(GOOD.as_bytes(), &allowed), Head::Upgrade { .. }));
         let other = GOOD.replace("a.example", "b.example");
         assert_eq!(read_head(other.as_bytes(), &allowed), Head::Refused(Refusal::Forbidden));
+        for second in ["https://b.example", "\u{ff}", ""] {
+            let two = GOOD.replace("Origin:", &format!("Origin: https://a.example\r\nOrigin: {second}\r\nX:"));
+            assert_eq!(read_head(two.as_bytes(), &allowed), Head::Refused(Refusal::Forbidden));
+        }
         let none = GOOD.replace("Origin: https://a.example\r\n", "");
         assert!(matches!(read_head(none.as_bytes(), &allowed), Head::Upgrade { .. }));
     }

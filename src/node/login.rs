@@ -104,6 +104,12 @@ impl Apps {
         self.apps.len()
     }
 
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.apps.is_empty()
+    }
+
     /// The app's key.
     #[must_use]
     pub fn key(&self, app: AppIndex) -> Option<&AppKey> {

@@ -16,27 +16,29 @@
 //!
 //! Errors are `{"type":"error","code":…,"desc":"…"}`, then a close with 1008: code 403 (app or token), 408 (no login in time),
 //! 414 (not a login); or code 414 and a close with 1002, 1003, 1007 or 1009, for frames that break the protocol. Other close
-//! codes: 1012 when the node goes away, 1013 for a device too far behind; the reason of both is `{"reconnectAfterMs":…}`,
+//! codes: 1012 when the node goes away, 1013 for a device too far behind, or (after an error of code 503) one of an app that has
+//! as many sessions here as it may; the reason of both is `{"reconnectAfterMs":…}`,
 //! after which it connects with its cursor.
 
+mod caps;
 mod clock;
 pub mod codec;
 mod door;
-mod entry;
-mod http;
-mod login;
-mod presence;
+pub(crate) mod entry;
+pub(crate) mod http;
+pub(crate) mod login;
+pub(crate) mod presence;
 mod settings;
-mod shard;
+pub(crate) mod shard;
 mod shared;
 #[cfg(test)]
 mod testing;
-mod timeline;
+pub(crate) mod timeline;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -45,6 +47,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::settings::NodeSettings;
 
+use self::caps::Caps;
 use self::clock::LedgerClock;
 use self::door::{Door, DoorHandle};
 use self::login::Apps;
@@ -111,13 +114,13 @@ impl Node {
         let apps = Apps::new(directory, settings.tokenless_login);
         let count = settings.shard_count();
         let shared = Arc::new(Shared {
-            desk: Desk::new(apps.len()),
+            desk: Desk::new(apps.len(), settings.max_sessions_per_app),
+            caps: Caps::new(settings.max_sessions, settings.max_sessions_per_address),
             settings,
             apps,
             clock: LedgerClock::new(),
             metrics,
             http,
-            connections: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
         });
         let (mut shards, mut senders) = (Vec::new(), Vec::new());

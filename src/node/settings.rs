@@ -31,6 +31,10 @@ pub struct NodeSettings {
     pub recent_bytes: usize,
     /// The most connections at a time; one more is answered 503.
     pub max_sessions: usize,
+    /// The most connections at a time from one address (of IPv6: from one /64); one more is answered 429. 0: any number.
+    pub max_sessions_per_address: u32,
+    /// The most sessions of one app at a time; one more is told 503 and closed with 1013. 0: any number.
+    pub max_sessions_per_app: u32,
     /// The most connections accepted in a second; more of them wait in the listen queue.
     pub accept_per_second: u32,
     /// How long an app without sessions keeps its lease, in seconds.
@@ -61,6 +65,8 @@ impl NodeSettings {
             ("send_buffer_bytes", self.send_buffer_bytes as u64, 0, 1 << 30),
             // A place in the slab and a count of sessions have 32 bits.
             ("max_sessions", self.max_sessions as u64, 1, 1 << 30),
+            ("max_sessions_per_address", u64::from(self.max_sessions_per_address), 0, 1 << 30),
+            ("max_sessions_per_app", u64::from(self.max_sessions_per_app), 0, 1 << 30),
             ("accept_per_second", u64::from(self.accept_per_second), 1, 1_000_000),
             ("shards", self.shards as u64, 0, 1024),
         ] {
@@ -136,6 +142,8 @@ impl NodeSettings {
             recent_frames: 1024,
             recent_bytes: 4 << 20,
             max_sessions: 1_000_000,
+            max_sessions_per_address: 0,
+            max_sessions_per_app: 0,
             accept_per_second: 5000,
             linger_seconds: 60,
             send_buffer_bytes: 0,

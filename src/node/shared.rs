@@ -1,12 +1,12 @@
 //! What the node's parts share: settings, figures, and the desk between the shards and the presence task.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
 use super::HttpHandOff;
+use super::caps::Caps;
 use super::clock::LedgerClock;
 use super::login::{AppIndex, Apps};
 use super::settings::NodeSettings;
@@ -26,8 +26,8 @@ pub struct Shared {
     pub http: Option<HttpHandOff>,
     /// What the shards tell the presence task.
     pub desk: Desk,
-    /// Open connections.
-    pub connections: AtomicUsize,
+    /// How many connections there are, and may be.
+    pub caps: Arc<Caps>,
     /// Everything ends at once.
     pub stop: AtomicBool,
 }
@@ -42,13 +42,13 @@ impl Shared {
     ) -> Self {
         let apps = Apps::new(directory, true);
         Self {
+            desk: Desk::new(apps.len(), settings.max_sessions_per_app),
+            caps: Caps::new(settings.max_sessions, settings.max_sessions_per_address),
             settings,
-            desk: Desk::new(apps.len()),
             apps,
             clock: LedgerClock::new(),
             metrics,
             http: None,
-            connections: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
         }
     }
@@ -63,6 +63,8 @@ impl Shared {
 /// Which apps the shards need, and how many sessions each has. Touched at login and at leaving only.
 pub struct Desk {
     sessions: Vec<AtomicU32>,
+    /// The most sessions of one app; 0: any number.
+    most: u32,
     /// A std Mutex, not tokio's: held for a push or a take, never across an await. Each shard asks for an app once until
     /// it is opened, so it holds at most apps × shards.
     wanted: Mutex<Vec<AppIndex>>,
@@ -70,21 +72,24 @@ pub struct Desk {
 }
 
 impl Desk {
-    /// A desk for so many apps.
+    /// A desk for so many apps, each with at most `most` sessions (0: any number).
     #[must_use]
-    pub fn new(apps: usize) -> Self {
+    pub fn new(apps: usize, most: u32) -> Self {
         Self {
+            most,
             sessions: (0..apps).map(|_| AtomicU32::new(0)).collect(),
             wanted: Mutex::new(Vec::new()),
             notify: Notify::new(),
         }
     }
 
-    /// A device of the app has logged in.
-    pub fn arrived(&self, app: AppIndex) {
-        if let Some(count) = self.sessions.get(app as usize) {
-            count.fetch_add(1, Ordering::AcqRel);
-        }
+    /// A device of the app logs in. Whether there is room for it; if so it counts until it has [`Desk::left`].
+    #[must_use]
+    pub fn arrive(&self, app: AppIndex) -> bool {
+        let Some(count) = self.sessions.get(app as usize) else { return false };
+        let most = if self.most == 0 { u32::MAX } else { self.most };
+        let one_more = |count: u32| (count < most).then(|| count + 1);
+        count.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
     }
 
     /// It has left.

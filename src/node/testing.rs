@@ -275,6 +275,7 @@ impl Ledger for FakeLedger {
                     generation: state.generation(),
                     log: chain.log.into_iter().filter(|stored| stored.envelope.id > after).collect(),
                     retained: chain.retained.into_iter().filter(|s| !s.envelope.expired(state.now_ms)).collect(),
+                    logged: None,
                 })
             })
         })
@@ -357,6 +358,10 @@ impl Ledger for FakeLedger {
                 Ok(())
             })
         })
+    }
+
+    fn first_use<'a>(&'a self, _: &'a AppKey, _: &'a str, _: Duration) -> Answer<'a, bool> {
+        unimplemented!("the API's")
     }
 
     fn health(&self) -> watch::Receiver<Result<(), String>> {

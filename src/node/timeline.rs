@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::entry::Entry;
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::Platform;
-use crate::broadcast::retention::Retained;
+use crate::broadcast::retention::{MAX_RETAINED, Retained};
 
 /// How much of the latest is kept for devices that fall behind or come back. Both limits hold; the newest entry always stays.
 #[derive(Debug, Clone, Copy)]
@@ -136,6 +136,17 @@ impl Timeline {
         }
     }
 
+    /// Whether a known envelope is a retained one that is not held here: another node has written it back.
+    #[must_use]
+    pub fn lacks(&self, id: BroadcastId, expires_ms: u64, now_ms: u64) -> bool {
+        let mut from = self.retained.after(id.saturating_sub(1), now_ms).map(|(held, _)| held);
+        id <= self.last
+            && expires_ms > now_ms
+            && from.next() != Some(id)
+            && from.count() + 1 < MAX_RETAINED
+            && !self.recalled().contains(&id)
+    }
+
     /// Appends an entry whose id is above [`Timeline::last`]; one that is not changes nothing.
     pub fn append(&mut self, entry: Arc<Entry>, now_ms: u64) {
         if entry.id <= self.last {
@@ -197,21 +208,22 @@ impl Timeline {
             self.last = head;
             result.replaced = true;
         }
-        // Another node may have written back what this one never had.
         let recalled = self.recalled();
         let held: Vec<BroadcastId> = self.retained.after(0, now_ms).map(|(id, _)| id).collect();
+        // What the ledger retains no more was deleted, by a recall that is gone from the log.
+        if complete {
+            for id in held.iter().filter(|id| **id <= head && valid.binary_search(id).is_err()) {
+                if self.retained.remove(*id).is_some() {
+                    result.replaced = true;
+                    result.lost = result.lost.max(1);
+                }
+            }
+        }
+        // Another node may have written back what this one never had.
         for entry in older {
             if held.binary_search(&entry.id).is_err() && !recalled.contains(&entry.id) && !entry.expired(now_ms) {
                 self.retained.insert(entry.id, entry.expires_ms, entry, now_ms);
                 result.replaced = true;
-            }
-        }
-        // A recall may be among the lost.
-        if result.lost > 0 && complete {
-            for id in held {
-                if id <= head && valid.binary_search(&id).is_err() && self.retained.remove(id).is_some() {
-                    result.replaced = true;
-                }
             }
         }
         result

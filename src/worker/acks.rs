@@ -28,6 +28,11 @@ impl AckWindow {
         self.settled_above.insert(tag);
     }
 
+    /// How many are settled past one that is not.
+    pub(super) fn out_of_order(&self) -> usize {
+        self.settled_above.len()
+    }
+
     /// These are done, in any order; says how to acknowledge them.
     pub(super) fn done(&mut self, tags: impl IntoIterator<Item = DeliveryTag>) -> Acks {
         let mut ready: BTreeSet<DeliveryTag> = tags.into_iter().collect();

@@ -4,10 +4,12 @@
 //! the next one starts from the beginning; every request that was not settled is delivered again and finds its stored verdict.
 
 mod acks;
-mod intake;
+pub(crate) mod intake;
 mod outbox;
 mod process;
+mod reply_to;
 mod session;
+mod suspects;
 mod topology;
 
 use std::sync::Arc;
@@ -16,6 +18,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+pub use self::reply_to::ReplyQueues;
 
 use crate::amqp::AmqpSettings;
 use crate::backoff::Backoff;
@@ -33,6 +37,8 @@ pub struct WorkerSettings {
     pub batches_in_flight: usize,
     /// How long the broker may take to confirm a reply before the request is settled without it, milliseconds.
     pub reply_timeout_ms: u64,
+    /// The queues that replies may go to, as patterns with `*`. Direct reply-to always may, the worker's own queues never.
+    pub allowed_reply_queues: ReplyQueues,
 }
 
 impl WorkerSettings {
@@ -47,7 +53,7 @@ impl WorkerSettings {
         if !(1..=600_000).contains(&self.reply_timeout_ms) {
             return Err("worker.reply_timeout_ms is from 1 to 600000".into());
         }
-        Ok(())
+        self.allowed_reply_queues.validate()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Replies and dead letters, on a connection of their own: while the broker blocks publishers (memory alarm), this connection
 //! stands still, and the acknowledgements on the other one go on.
 
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
@@ -10,10 +11,12 @@ use lapin::{BasicProperties, Channel, Confirmation, Connection, PublisherConfirm
 
 use futures_util::future::{join_all, try_join_all};
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
-use super::SessionError;
 use super::intake::Item;
+use super::{SessionError, topology};
 use crate::amqp::{AmqpSettings, connect, describe};
+use crate::backoff::Backoff;
 use crate::broadcast::verdict::Verdict;
 use crate::metrics::Metrics;
 
@@ -30,7 +33,9 @@ pub(super) struct Outbox {
     connection: Connection,
     replies: Channel,
     dead_letters: Mutex<Channel>,
-    dead_letter: ShortString,
+    /// Why dead letters cannot be stored just now. A std Mutex, not tokio's: never held across an await.
+    trouble: std::sync::Mutex<Option<String>>,
+    settings: AmqpSettings,
     reply_timeout: Duration,
     metrics: Metrics,
 }
@@ -45,16 +50,14 @@ impl Outbox {
         metrics: Metrics,
     ) -> Result<Self, SessionError> {
         let connection = connect(settings, "broadcastd worker: replies").await.map_err(SessionError::Connect)?;
-        let replies = connection.create_channel().await?;
-        replies.confirm_select(ConfirmSelectOptions::default()).await?;
-        let dead_letters = connection.create_channel().await?;
-        dead_letters.confirm_select(ConfirmSelectOptions::default()).await?;
-        let dead_letters = Mutex::new(dead_letters);
+        let replies = confirming(&connection).await?;
+        let dead_letters = Mutex::new(confirming(&connection).await?);
         Ok(Self {
             connection,
             replies,
             dead_letters,
-            dead_letter: settings.dead_letter.as_str().into(),
+            trouble: std::sync::Mutex::default(),
+            settings: settings.clone(),
             reply_timeout,
             metrics,
         })
@@ -72,10 +75,6 @@ impl Outbox {
     /// sender asks again with the same request id and gets the stored verdict.
     pub(super) async fn reply(&self, item: &Item, verdict: &Verdict) -> Sent {
         let Some(reply_to) = item.reply_to.clone() else { return Sent(None) };
-        if !is_safe(reply_to.as_str()) {
-            self.metrics.replies_lost.with_label_values(&["bad_reply_to"]).inc();
-            return Sent(None);
-        }
         if self.blocked() {
             self.metrics.replies_lost.with_label_values(&["blocked"]).inc();
             return Sent(None);
@@ -113,33 +112,100 @@ impl Outbox {
         self.metrics.replies_lost.with_label_values(&[lost]).inc();
     }
 
-    /// Puts requests on the dead-letter queue, unchanged, with the reason in their headers. Returns when the broker has all.
+    /// Why dead letters cannot be stored just now, if so.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts requests on the dead-letter queue, with the reason in their headers: unchanged, but for those too large ever to be
+    /// accepted, of which the beginning is kept, and `x-size` says how much there was. Returns when the broker has all,
+    /// however long that takes: a session that ended for want of a dead-letter exchange would raise the delivery count of
+    /// everything that it holds, again and again, until good requests were dead letters, too.
+    ///
+    /// `false`: the worker is to stop and they are not stored.
     ///
     /// One call at a time: lapin hands a returned message to whichever confirmation resolves next, so that a failure can only
     /// be told of all that is under way together.
-    pub(super) async fn dead_letter(&self, dead: &[(Item, Verdict)]) -> Result<(), SessionError> {
+    pub(super) async fn dead_letter(
+        &self,
+        dead: &[(Item, Verdict)],
+        shutdown: &CancellationToken,
+    ) -> Result<bool, SessionError> {
+        let mut channel = self.dead_letters.lock().await;
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        loop {
+            let reason = match self.try_dead_letter(&channel, dead).await {
+                Ok(()) => break,
+                Err(SessionError::DeadLetter(reason)) if !self.blocked() && self.connection.status().connected() => {
+                    reason
+                }
+                Err(error) => return Err(error),
+            };
+            self.metrics.dead_letter_failures.inc();
+            let before = self.trouble.lock().unwrap_or_else(PoisonError::into_inner).replace(reason.clone());
+            if before.is_none() {
+                tracing::error!(
+                    reason,
+                    requests = dead.len(),
+                    "dead letters cannot be stored; their requests are held"
+                );
+            }
+            tokio::select! {
+                () = backoff.wait() => {}
+                () = shutdown.cancelled() => return Ok(false),
+            }
+            // A channel of its own: an error closes it. What goes wrong here shows with the next attempt.
+            if let Ok(declaring) = self.connection.create_channel().await
+                && topology::declare_dead_letters(&declaring, &self.settings).await.is_ok()
+            {
+                let _ = declaring.close(200, "done".into()).await;
+            }
+            if !channel.status().connected() {
+                *channel = confirming(&self.connection).await?;
+            }
+        }
+        if self.trouble.lock().unwrap_or_else(PoisonError::into_inner).take().is_some() {
+            tracing::info!("dead letters are stored again");
+        }
+        for (_, verdict) in dead {
+            self.metrics.dead_lettered.with_label_values(&[verdict.reason()]).inc();
+        }
+        Ok(true)
+    }
+
+    /// `DeadLetter`: the broker answered that it cannot take them.
+    async fn try_dead_letter(&self, channel: &Channel, dead: &[(Item, Verdict)]) -> Result<(), SessionError> {
         let failed = |error: lapin::Error| SessionError::DeadLetter(describe(&error));
-        let channel = self.dead_letters.lock().await;
+        let name: ShortString = self.settings.dead_letter.as_str().into();
         let mut confirms = Vec::with_capacity(dead.len());
         for (item, verdict) in dead {
-            let properties = dead_properties(&item.properties, verdict);
-            let name = &self.dead_letter;
+            let mut properties = dead_properties(&item.properties, verdict);
+            if item.payload.len() < item.size {
+                let mut headers = properties.headers().clone().unwrap_or_default();
+                headers.insert("x-size".into(), AMQPValue::LongLongInt(i64::try_from(item.size).unwrap_or(i64::MAX)));
+                properties = properties.with_headers(headers);
+            }
             let sent = channel.basic_publish(name.clone(), name.clone(), MANDATORY, &item.payload, properties);
             confirms.push(sent.await.map_err(failed)?);
         }
         let all = try_join_all(confirms);
         let confirmations = tokio::time::timeout(DEAD_LETTER_TIMEOUT, all)
             .await
-            .map_err(|_| SessionError::DeadLetter("no confirmation in time".into()))?
+            .map_err(|_| SessionError::Connection("no confirmation of dead letters in time".into()))?
             .map_err(failed)?;
-        if !confirmations.iter().all(|confirmation| *confirmation == Confirmation::Ack(None)) {
-            return Err(SessionError::DeadLetter("no queue takes them".into()));
+        if confirmations.iter().all(|confirmation| *confirmation == Confirmation::Ack(None)) {
+            Ok(())
+        } else {
+            Err(SessionError::DeadLetter("no queue takes them".into()))
         }
-        for (_, verdict) in dead {
-            self.metrics.dead_lettered.with_label_values(&[verdict.reason()]).inc();
-        }
-        Ok(())
     }
+}
+
+/// A channel on which every publish is confirmed.
+async fn confirming(connection: &Connection) -> Result<Channel, lapin::Error> {
+    let channel = connection.create_channel().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    Ok(channel)
 }
 
 /// The properties of a dead letter. Only what cannot harm is carried over: a `user_id` would have the broker refuse it, an
@@ -185,17 +251,6 @@ fn size(value: &AMQPValue) -> usize {
     }
 }
 
-/// Whether RabbitMQ can take a reply to this. Versions up to 3.10 close the connection over a direct reply-to name that is
-/// not one of theirs.
-fn is_safe(reply_to: &str) -> bool {
-    let Some(direct) = reply_to.strip_prefix("amq.rabbitmq.reply-to") else { return true };
-    let is_base64 = |part: &str| {
-        part.len() >= 16
-            && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=' | b'-' | b'_'))
-    };
-    direct.strip_prefix('.').and_then(|name| name.split_once('.')).is_some_and(|(a, b)| is_base64(a) && is_base64(b))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,12 +271,5 @@ mod tests {
         assert_eq!(dead.message_id().as_ref().map(ShortString::as_str), Some("m-1"));
         let headers = dead.headers().as_ref().unwrap().inner();
         assert!(headers.contains_key("trace") && headers.contains_key("x-reason") && !headers.contains_key("zzz-huge"));
-    }
-
-    #[test]
-    fn a_made_up_direct_reply_to_is_not_answered() {
-        assert!(is_safe("my.replies"));
-        assert!(is_safe("amq.rabbitmq.reply-to.g1h2AA5yZXB1111A0NzA4.AAAC9QAAAAAVgEsA6Q=="));
-        assert!(!is_safe("amq.rabbitmq.reply-to.!!.x") && !is_safe("amq.rabbitmq.reply-to"));
     }
 }

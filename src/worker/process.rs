@@ -30,7 +30,7 @@ pub(super) type Open = Vec<(Item, Submission)>;
 pub(super) fn sort(worker: &Worker, deliveries: impl Iterator<Item = Delivery>) -> (Decided, Open) {
     let (mut rejected, mut submissions) = (Vec::new(), Vec::new());
     for delivery in deliveries {
-        match intake::read(delivery, &worker.directory) {
+        match intake::read(delivery, &worker.directory, |queue| intake::may_reply(worker, queue)) {
             (item, Ok(submission)) => submissions.push((item, submission)),
             (item, Err(verdict)) => rejected.push((item, verdict)),
         }
@@ -57,7 +57,7 @@ pub(super) async fn decide_and_finish(
         item.request = Some(submission.request);
         (item, verdict)
     });
-    finish(worker, outbox, decided.collect()).await
+    finish(worker, outbox, shutdown, decided.collect()).await
 }
 
 /// Has the ledger decide, however long it takes: while it does not answer, the deliveries are held, unacknowledged and
@@ -136,7 +136,12 @@ impl Drop for Held<'_> {
 }
 
 /// Tells the senders of what was accepted, keeps what nobody can be told of, and says how to settle.
-pub(super) async fn finish(worker: &Worker, outbox: &Outbox, items: Decided) -> Result<Vec<Settle>, SessionError> {
+pub(super) async fn finish(
+    worker: &Worker,
+    outbox: &Outbox,
+    shutdown: &CancellationToken,
+    items: Decided,
+) -> Result<Vec<Settle>, SessionError> {
     let mut settled = Vec::with_capacity(items.len());
     let mut dead = Vec::new();
     let mut replies = Vec::new();
@@ -156,15 +161,15 @@ pub(super) async fn finish(worker: &Worker, outbox: &Outbox, items: Decided) -> 
         }
     }
     let mut broker_moves = outbox.blocked();
-    if !dead.is_empty()
-        && !broker_moves
-        && let Err(error) = outbox.dead_letter(&dead).await
-    {
-        if !outbox.blocked() {
-            return Err(error);
+    if !dead.is_empty() && !broker_moves {
+        match outbox.dead_letter(&dead, shutdown).await {
+            Ok(true) => {}
+            // Unsettled: closing the connection gives them back to the queue.
+            Ok(false) => dead.clear(),
+            // The alarm came up just now, with this publish.
+            Err(_) if outbox.blocked() => broker_moves = true,
+            Err(error) => return Err(error),
         }
-        // The alarm came up just now, with this publish.
-        broker_moves = true;
     }
     if !dead.is_empty() {
         failpoint::reached("worker::after-dead-letter", "");

@@ -17,6 +17,7 @@ use super::acks::AckWindow;
 use super::intake::Item;
 use super::outbox::Outbox;
 use super::process::{self, Settle};
+use super::suspects::{self, Suspects};
 use super::{SessionError, Worker, topology};
 use crate::amqp::connect;
 use crate::broadcast::verdict::Verdict;
@@ -25,9 +26,13 @@ use crate::failpoint;
 /// How often the outbox is looked at: lapin tells the death of a connection only to those that use it.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// So many may be acknowledged past one that waits; beyond it suspects are no longer made to wait for what is fresh.
+const MOST_OUT_OF_ORDER: usize = 100_000;
+
+/// A batch on its way; `alone`: it is a single suspect.
 enum Done {
-    Decided(Result<Vec<Settle>, SessionError>),
-    Replied,
+    Decided { settled: Result<Vec<Settle>, SessionError>, alone: bool },
+    Acknowledged { result: Result<(), SessionError>, alone: bool },
 }
 
 /// How long it may take from connecting to consuming. A broker that is booting answers some calls and leaves others hanging.
@@ -93,25 +98,39 @@ async fn consume(
     // Bounded by the prefetch.
     let mut waiting: VecDeque<Delivery> = VecDeque::new();
     let mut window = AckWindow::default();
-    let mut look = tokio::time::interval(LOOK_EVERY);
+    let mut suspects: Suspects<Delivery> = Suspects::default();
+    let mut random = fastrand::Rng::new();
+    let mut suspect_under_way = false;
+    // Nothing has arrived between the last two looks, or since.
+    let mut quiet = false;
+    let mut arrived = false;
+    let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK_EVERY, LOOK_EVERY);
     let mut consuming = true;
     while consuming || !work.is_empty() {
         let room = work.len() < worker.settings.batches_in_flight;
+        let mut suspect_is_due = window.out_of_order() > MOST_OUT_OF_ORDER;
+        let mut arrivals = Vec::new();
         tokio::select! {
-            Some(done) = work.next() => if let Done::Decided(settled) = done {
-                let late = settle(channel, &mut window, settled?).await?;
-                if !late.is_empty() {
-                    work.push(reply_late(outbox, late).boxed());
+            Some(done) = work.next() => match done {
+                Done::Decided { settled, alone } => {
+                    let late = settle(channel, &mut window, settled?).await?;
+                    if alone || !late.is_empty() {
+                        work.push(acknowledged(worker, channel, outbox, late, alone).boxed());
+                    }
+                }
+                Done::Acknowledged { result, alone } => {
+                    result?;
+                    suspect_under_way &= !alone;
                 }
             },
             // Without room the stream is left alone: waking up for each delivery would cost more than deciding it.
             delivery = next(&mut consumer), if consuming && waiting.is_empty() && room => {
-                waiting.push_back(delivery?);
+                arrivals.push(delivery?);
                 // What has arrived meanwhile shares the round trip; nothing waits for a batch to fill.
-                while waiting.len() < worker.settings.batch
+                while arrivals.len() < worker.settings.batch
                     && let Some(delivery) = next(&mut consumer).now_or_never()
                 {
-                    waiting.push_back(delivery?);
+                    arrivals.push(delivery?);
                 }
             },
             _ = look.tick() => {
@@ -119,35 +138,76 @@ async fn consume(
                 // Its end is how a cancelled consumer shows, and who has lost its deliveries must not go on deciding them:
                 // so it is read now and then even while everything is held.
                 while consuming && let Some(delivery) = next(&mut consumer).now_or_never() {
-                    waiting.push_back(delivery?);
+                    arrivals.push(delivery?);
                 }
+                quiet = !std::mem::take(&mut arrived);
+                // One a look at the least, however much that is fresh keeps coming.
+                suspect_is_due = true;
             },
             () = shutdown.cancelled(), if consuming => {
                 consuming = false;
                 // Not begun: they go back to the queue when the connection is closed.
                 waiting.clear();
+                suspects.clear();
                 channel.basic_cancel("broadcastd".into(), BasicCancelOptions::default()).await?;
                 tracing::info!(batches = work.len(), "no longer consuming; settling what is held");
             },
         }
+        arrived |= !arrivals.is_empty();
+        quiet &= arrivals.is_empty();
+        for delivery in arrivals {
+            if suspects::is_suspect(&delivery.properties, delivery.redelivered, worker.amqp.delivery_limit) {
+                worker.metrics.suspects.inc();
+                suspects.set_aside(delivery);
+            } else {
+                waiting.push_back(delivery);
+            }
+        }
         // Bounded: a batch under way, or its late replies, each take one of the places.
         while !waiting.is_empty() && work.len() < worker.settings.batches_in_flight {
             let count = waiting.len().min(worker.settings.batch);
-            worker.metrics.consumed.inc_by(count as u64);
-            let (rejected, submissions) = process::sort(worker, waiting.drain(..count));
-            if !rejected.is_empty() {
-                work.push(process::finish(worker, outbox, rejected).map(Done::Decided).boxed());
-            }
-            if !submissions.is_empty() {
-                let decided = process::decide_and_finish(worker, outbox, shutdown, submissions);
-                work.push(decided.map(Done::Decided).boxed());
-            }
+            begin(worker, outbox, shutdown, &work, waiting.drain(..count), false);
+        }
+        let is_turn = suspect_is_due || (quiet && work.is_empty());
+        if consuming
+            && is_turn
+            && !suspect_under_way
+            && let Some(suspect) = suspects.take(&mut random)
+        {
+            suspect_under_way = true;
+            begin(worker, outbox, shutdown, &work, std::iter::once(suspect), true);
         }
     }
     Ok(())
 }
 
-/// What no call would tell: a connection that died while nothing was done on it, and a broker that takes no replies.
+/// Starts on a batch. `alone`: it is a single suspect.
+fn begin<'a>(
+    worker: &'a Worker,
+    outbox: &'a Outbox,
+    shutdown: &'a CancellationToken,
+    work: &FuturesUnordered<BoxFuture<'a, Done>>,
+    deliveries: impl ExactSizeIterator<Item = Delivery>,
+    alone: bool,
+) {
+    worker.metrics.consumed.inc_by(deliveries.len() as u64);
+    let (rejected, submissions) = process::sort(worker, deliveries);
+    if alone {
+        let request_id = submissions.first().map_or("", |(_, submission)| submission.request.id.as_str());
+        // The last of these lines before a crash names the culprit.
+        tracing::warn!(request_id, "a request that was delivered again and again is tried alone");
+    }
+    let done = move |settled| Done::Decided { settled, alone };
+    if !rejected.is_empty() {
+        work.push(process::finish(worker, outbox, shutdown, rejected).map(done).boxed());
+    }
+    if !submissions.is_empty() {
+        work.push(process::decide_and_finish(worker, outbox, shutdown, submissions).map(done).boxed());
+    }
+}
+
+/// What no call would tell: a connection that died while nothing was done on it, a broker that takes no replies, and a ledger
+/// that takes no requests.
 fn look_around(
     worker: &Worker,
     channel: &Channel,
@@ -162,8 +222,11 @@ fn look_around(
     }
     let state = if outbox.blocked() {
         Err("the broker takes no replies (resource alarm); requests are still decided".to_owned())
+    } else if worker.metrics.held.get() > 0 {
+        // The ledger's own health does not tell: one that refuses writes (full, read-only) answers every probe.
+        Err("the ledger refuses requests or does not answer; they are held".to_owned())
     } else {
-        Ok(())
+        outbox.trouble().map_or(Ok(()), |reason| Err(format!("dead letters cannot be stored: {reason}")))
     };
     health.send_if_modified(|health| {
         let is_news = *health != state;
@@ -214,7 +277,20 @@ async fn settle(
     Ok(late)
 }
 
-async fn reply_late(outbox: &Outbox, replies: Vec<(Item, Verdict)>) -> Done {
+/// Once the broker has the acknowledgements, what comes only after that: the late replies. They take another connection, so
+/// without waiting a crash could lose the acknowledgement of a request whose refusal was told.
+async fn acknowledged(
+    worker: &Worker,
+    channel: &Channel,
+    outbox: &Outbox,
+    replies: Vec<(Item, Verdict)>,
+    alone: bool,
+) -> Done {
+    // A channel's calls are carried out in order. This one changes nothing, and has an answer.
+    let answer = channel.basic_qos(worker.amqp.prefetch, BasicQosOptions::default()).await;
+    if let Err(error) = answer {
+        return Done::Acknowledged { result: Err(error.into()), alone };
+    }
     let mut sent = Vec::with_capacity(replies.len());
     for (item, verdict) in &replies {
         failpoint::reached(
@@ -224,5 +300,5 @@ async fn reply_late(outbox: &Outbox, replies: Vec<(Item, Verdict)>) -> Done {
         sent.push(outbox.reply(item, verdict).await);
     }
     outbox.replied(sent).await;
-    Done::Replied
+    Done::Acknowledged { result: Ok(()), alone }
 }

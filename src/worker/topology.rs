@@ -14,39 +14,11 @@ const MAX_DEAD_BYTES: i64 = 1 << 30;
 
 /// Declares everything, dead letters first: there is never a queue whose dead letters have nowhere to go.
 pub(super) async fn declare(channel: &Channel, settings: &AmqpSettings) -> Result<(), SessionError> {
+    declare_dead_letters(channel, settings).await?;
     if !settings.declare {
         return Ok(());
     }
-    let failed = |what| move |error: lapin::Error| SessionError::Topology { what, reason: describe(&error) };
-    // durable: survives a restart of the broker.
-    let exchange = ExchangeDeclareOptions { durable: true, ..Default::default() };
-    let queue = QueueDeclareOptions { durable: true, ..Default::default() };
-
-    channel
-        .exchange_declare(settings.dead_letter.as_str().into(), ExchangeKind::Direct, exchange, FieldTable::default())
-        .await
-        .map_err(failed("the dead-letter exchange"))?;
-    let mut dead = FieldTable::default();
-    dead.insert("x-queue-type".into(), text("quorum"));
-    dead.insert("x-max-length".into(), AMQPValue::LongLongInt(settings.dead_letter_max_length.into()));
-    dead.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(MAX_DEAD_BYTES));
-    // drop-head: a full dead-letter queue must not stop the workers; the oldest dead letters go.
-    dead.insert("x-overflow".into(), text("drop-head"));
-    channel
-        .queue_declare(settings.dead_letter.as_str().into(), queue, dead)
-        .await
-        .map_err(failed("the dead-letter queue"))?;
-    channel
-        .queue_bind(
-            settings.dead_letter.as_str().into(),
-            settings.dead_letter.as_str().into(),
-            settings.dead_letter.as_str().into(),
-            QueueBindOptions::default(),
-            FieldTable::default(),
-        )
-        .await
-        .map_err(failed("the dead-letter binding"))?;
-
+    let (exchange, queue) = durable();
     channel
         .exchange_declare(settings.exchange.as_str().into(), ExchangeKind::Direct, exchange, FieldTable::default())
         .await
@@ -77,6 +49,60 @@ pub(super) async fn declare(channel: &Channel, settings: &AmqpSettings) -> Resul
         .await
         .map_err(failed("the request binding"))?;
     Ok(())
+}
+
+/// Declares where dead letters go; where that is somebody else's task, checks that it was done.
+pub(super) async fn declare_dead_letters(channel: &Channel, settings: &AmqpSettings) -> Result<(), SessionError> {
+    let (exchange, queue) = durable();
+    if !settings.declare {
+        let passive = ExchangeDeclareOptions { passive: true, ..exchange };
+        return channel
+            .exchange_declare(
+                settings.dead_letter.as_str().into(),
+                ExchangeKind::Direct,
+                passive,
+                FieldTable::default(),
+            )
+            .await
+            .map_err(failed("the dead-letter exchange (amqp.declare is off: it must exist)"));
+    }
+    channel
+        .exchange_declare(settings.dead_letter.as_str().into(), ExchangeKind::Direct, exchange, FieldTable::default())
+        .await
+        .map_err(failed("the dead-letter exchange"))?;
+    let mut dead = FieldTable::default();
+    dead.insert("x-queue-type".into(), text("quorum"));
+    dead.insert("x-max-length".into(), AMQPValue::LongLongInt(settings.dead_letter_max_length.into()));
+    dead.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(MAX_DEAD_BYTES));
+    // drop-head: a full dead-letter queue must not stop the workers; the oldest dead letters go.
+    dead.insert("x-overflow".into(), text("drop-head"));
+    channel
+        .queue_declare(settings.dead_letter.as_str().into(), queue, dead)
+        .await
+        .map_err(failed("the dead-letter queue"))?;
+    channel
+        .queue_bind(
+            settings.dead_letter.as_str().into(),
+            settings.dead_letter.as_str().into(),
+            settings.dead_letter.as_str().into(),
+            QueueBindOptions::default(),
+            FieldTable::default(),
+        )
+        .await
+        .map_err(failed("the dead-letter binding"))?;
+    Ok(())
+}
+
+/// durable: survives a restart of the broker.
+fn durable() -> (ExchangeDeclareOptions, QueueDeclareOptions) {
+    (
+        ExchangeDeclareOptions { durable: true, ..Default::default() },
+        QueueDeclareOptions { durable: true, ..Default::default() },
+    )
+}
+
+fn failed(what: &'static str) -> impl FnOnce(lapin::Error) -> SessionError {
+    move |error| SessionError::Topology { what, reason: describe(&error) }
 }
 
 fn text(value: &str) -> AMQPValue {

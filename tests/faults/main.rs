@@ -3,5 +3,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
+mod devices;
+mod flood;
+mod redis_away;
+mod rolling;
+mod storm;
 #[path = "../support/mod.rs"]
 mod support;

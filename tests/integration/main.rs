@@ -5,18 +5,35 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper that fails is a test that fails")]
 
+mod calls;
+mod clocks;
 mod cluster;
 mod commands;
+mod crash;
+mod crash_loop;
 mod differential;
 mod drain;
+mod embedded;
 mod end_to_end;
+mod expiry;
+mod failover;
 mod faults;
+mod feed;
 mod hostile;
+mod opening;
+mod permissions;
+mod redis_away;
 mod requests;
 mod retained;
+mod secrets;
+mod security;
 mod selftest;
 mod settings;
+mod slots;
+mod sockets;
 mod standalone;
 mod submitter;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;
+mod versions;

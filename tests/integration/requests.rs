@@ -168,7 +168,10 @@ async fn every_bad_request_that_nobody_waits_for_is_a_dead_letter_with_its_reaso
         let dead = amqp.dead_letter().await;
         assert_eq!(dead.headers.get("x-reason").map(String::as_str), Some(*reason), "{name}: {:?}", dead.headers);
         assert!(dead.headers["x-code"].contains(&code.to_string()), "{name}: {:?}", dead.headers);
-        assert!(dead.payload == *payload, "{name}: the dead letter is not what was sent");
+        let kept = payload.len().min(64 * 1024);
+        assert!(dead.payload == payload[..kept], "{name}: the dead letter is not what was sent");
+        let is_whole = kept == payload.len();
+        assert!(is_whole || dead.headers["x-size"].contains(&payload.len().to_string()), "{name}: {:?}", dead.headers);
     }
     amqp.accepted(&request(&app, "good")).await;
     assert_eq!(amqp.ready("broadcast.dead").await, 0);

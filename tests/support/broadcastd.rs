@@ -57,6 +57,7 @@ impl App {
 pub struct Process {
     role: String,
     arguments: Vec<String>,
+    wrapper: Vec<String>,
     folder: PathBuf,
     public: u16,
     admin: u16,
@@ -74,6 +75,7 @@ impl Process {
         let process = Self {
             role: role.to_owned(),
             arguments: Vec::new(),
+            wrapper: Vec::new(),
             folder,
             public,
             admin,
@@ -95,6 +97,34 @@ impl Process {
         self
     }
 
+    /// Sets a variable of its environment that is no setting.
+    fn variable(mut self, name: &str, value: &str) -> Self {
+        self.environment.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// What is to happen at the named points of the code, from the next start on: see `src/failpoint.rs`.
+    pub fn failpoints(self, text: &str) -> Self {
+        self.variable("FAILPOINTS", text)
+    }
+
+    /// None of that from the next start on.
+    pub fn without_failpoints(&mut self) {
+        self.environment.remove("FAILPOINTS");
+    }
+
+    /// Runs it by another program, which is given this one and its arguments: `setpriv --reuid=65534 --`.
+    pub fn by(mut self, program: &[&str]) -> Self {
+        self.wrapper = program.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
+    /// Gives it a system clock that is off by so many seconds.
+    pub fn clock_off(mut self, seconds: i64) -> Self {
+        self.environment.extend(super::clock::off(seconds));
+        self
+    }
+
     /// Adds arguments behind the role.
     pub fn arguments(mut self, arguments: &[&str]) -> Self {
         self.arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));
@@ -112,11 +142,38 @@ impl Process {
     /// Runs it; it may not be ready yet, or end at once.
     pub fn spawn(&mut self) {
         let file = self.folder.join("broadcastd.toml");
-        let mut program = vec![env!("CARGO_BIN_EXE_broadcastd"), "--config", file.to_str().unwrap()];
+        let mut program: Vec<&str> = self.wrapper.iter().map(String::as_str).collect();
+        program.extend([env!("CARGO_BIN_EXE_broadcastd"), "--config", file.to_str().unwrap()]);
         program.extend(self.role.split(' '));
         program.extend(self.arguments.iter().map(String::as_str));
         let name = format!("broadcastd {} ({})", self.role, self.folder.display());
         self.running = Some(Guarded::spawn(&name, &program, &self.environment, &self.folder.join("output")));
+    }
+
+    /// Whether it stands still at a failpoint (or was stopped otherwise).
+    pub fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+    }
+
+    /// Waits until it stands still: by [`Process::pause`], or at a failpoint.
+    pub async fn wait_stopped(&self) {
+        until("stopped", SOON, async || if self.is_stopped() { Ok(()) } else { Err("it runs") }).await;
+    }
+
+    /// Waits until it has ended by itself, by a failpoint say, and forgets it; returns how.
+    pub async fn wait_killed(&mut self) -> ExitStatus {
+        self.wait(SOON).await
+    }
+
+    /// Resident memory now, and the most there has been, in KiB.
+    pub fn memory_kib(&self) -> (u64, u64) {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let figure = |name: &str| -> u64 {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        (figure("VmRSS:"), figure("VmHWM:"))
     }
 
     /// Its process id, while it runs.

@@ -133,6 +133,11 @@ impl Device {
         self.socket = None;
     }
 
+    /// Whether it is connected, as far as it knows.
+    pub fn is_online(&self) -> bool {
+        self.socket.is_some()
+    }
+
     /// The id that it would present now.
     pub fn cursor(&self) -> u64 {
         self.cursor
@@ -152,6 +157,12 @@ impl Device {
     /// Every broadcast that it has had, in the order of arrival.
     pub fn history(&self) -> &[Arrival] {
         &self.history
+    }
+
+    /// Lets go of what it remembers but its cursor: whoever runs for hours judges what arrives at once.
+    pub fn forget(&mut self) {
+        self.history.clear();
+        self.recalls.clear();
     }
 
     /// Every recall that it has had.

@@ -2,16 +2,24 @@
 
 #![allow(dead_code, reason = "a toolbox: not every test module uses every tool")]
 
+pub mod audit;
 pub mod broadcastd;
+pub mod certificates;
 pub mod checker;
+pub mod clock;
 pub mod device;
+pub mod fleet;
 pub mod guard;
+pub mod load;
 pub mod ports;
 pub mod proxy;
 pub mod rabbitmq;
 pub mod redis;
+pub mod resources;
 pub mod sender;
+pub mod sentinel;
 pub mod stack;
+pub mod stored;
 
 use std::fmt::Display;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -113,7 +113,8 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, way: Way, mut wea
         while !rest.is_empty() {
             let now = *weather.borrow_and_update();
             let piece = match now {
-                Weather::BlackHole => 0,
+                // Cut: what was held back must not slip through before the connection is gone.
+                Weather::BlackHole | Weather::Cut => 0,
                 Weather::AnswersLost if way == Way::ToClient => 0,
                 Weather::Slice(size) => size.min(rest.len()),
                 _ => rest.len(),

@@ -7,15 +7,40 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use serde_json::{Value, json};
 
+use super::certificates::Certificate;
 use super::guard::{Guarded, folder};
 use super::{ports, unique, until_blocking};
 
 /// `guest:guest`, for basic authentication.
 const GUEST: &str = "Basic Z3Vlc3Q6Z3Vlc3Q=";
 
-/// An Erlang node takes 5 to 10 s to come up here, more when the machine is busy.
-const BOOT: Duration = Duration::from_secs(120);
+/// What the tests themselves do, they do as this user, who may do everything.
+pub const ADMINISTRATOR: &str = "guest:guest";
+
+/// The users whose permissions `deploy/rabbitmq/README.md` writes down, with the passwords that they have here.
+pub const USERS: [(&str, &str); 3] =
+    [("broadcastd", "broadcastd-password"), ("api", "api-password"), ("BACKEND", "backend-password")];
+
+/// The permissions of one of [`USERS`], as they are committed: configure, write, read.
+pub fn permissions(user: &str) -> [String; 3] {
+    let readme = include_str!("../../deploy/rabbitmq/README.md");
+    let command = format!("set_permissions -p broadcast {user} ");
+    let (_, rest) = readme.split_once(&command).unwrap_or_else(|| panic!("the README has no {command}"));
+    let quoted: Vec<&str> = rest.split("\n\n").next().unwrap().split('\'').skip(1).step_by(2).collect();
+    let [configure, write, read] = quoted[..] else { panic!("three patterns, not {quoted:?}") };
+    [configure, write, read].map(str::to_owned)
+}
+
+/// The same address as another user.
+pub fn as_user(url: &str, login: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap();
+    format!("{scheme}://{login}@{}", rest.rsplit_once('@').map_or(rest, |(_, host)| host))
+}
+
+/// An Erlang node takes 5 to 10 s to come up here, and minutes when the machine is busy enough.
+const BOOT: Duration = Duration::from_secs(300);
 
 /// One rabbitmq-server. It is killed when dropped.
 #[derive(Debug)]
@@ -24,6 +49,7 @@ pub struct RabbitMq {
     management: u16,
     folder: PathBuf,
     environment: BTreeMap<String, String>,
+    tls: bool,
     process: Option<Guarded>,
 }
 
@@ -37,15 +63,38 @@ impl RabbitMq {
 
     /// One that a test may restart, freeze and fill.
     pub fn dedicated() -> Self {
+        Self::make(None, "")
+    }
+
+    /// The same, with more lines in its rabbitmq.conf.
+    pub fn with_settings(more: &str) -> Self {
+        Self::make(None, more)
+    }
+
+    /// One that takes TLS connections only; from clients with a certificate of the same authority only, if `mutual`.
+    pub fn with_tls(certificate: &Certificate, mutual: bool) -> Self {
+        Self::make(Some((certificate, mutual)), "")
+    }
+
+    fn make(tls: Option<(&Certificate, bool)>, more: &str) -> Self {
         let folder = folder("rabbitmq");
         let (port, management) = (ports::free(), ports::free());
         std::fs::write(folder.join("plugins"), "[rabbitmq_management].").unwrap();
+        let listener = match tls {
+            None => format!("listeners.tcp.default = 127.0.0.1:{port}\n"),
+            Some((Certificate { ca, certificate, key }, mutual)) => format!(
+                "listeners.tcp = none\nlisteners.ssl.default = 127.0.0.1:{port}\n\
+                 ssl_options.cacertfile = {ca}\nssl_options.certfile = {certificate}\nssl_options.keyfile = {key}\n\
+                 ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = {mutual}\n"
+            ),
+        };
         let settings = format!(
-            "listeners.tcp.default = 127.0.0.1:{port}\n\
+            "{listener}\
              management.tcp.ip = 127.0.0.1\n\
              management.tcp.port = {management}\n\
              # A test may run on a disk with little room; the alarm has tests of its own.\n\
-             disk_free_limit.absolute = 1MB\n"
+             disk_free_limit.absolute = 1MB\n\
+             {more}\n"
         );
         std::fs::write(folder.join("rabbitmq.conf"), settings).unwrap();
         let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();
@@ -66,14 +115,21 @@ impl RabbitMq {
             ("RABBITMQ_PID_FILE", at("pid")),
         ];
         let environment = environment.map(|(key, value)| (key.to_owned(), value)).into();
-        let mut rabbitmq = Self { port, management, folder, environment, process: None };
+        let mut rabbitmq = Self { port, management, folder, environment, tls: tls.is_some(), process: None };
         rabbitmq.start();
+        for (user, password) in USERS {
+            rabbitmq.put(&format!("users/{user}"), &json!({ "password": password, "tags": "" }));
+            rabbitmq.permit("/", user, &permissions(user));
+        }
         rabbitmq
     }
 
-    /// The address of the vhost `/`. Prefer [`RabbitMq::vhost`].
+    /// The address of a vhost, for broadcastd: with the user of that name. Prefer [`RabbitMq::vhost`].
     pub fn url(&self, vhost: &str) -> String {
-        format!("amqp://guest:guest@127.0.0.1:{}/{}", self.port, vhost.replace('/', "%2f"))
+        let (user, password) = USERS[0];
+        // Certificates name the host.
+        let (scheme, host) = if self.tls { ("amqps", "localhost") } else { ("amqp", "127.0.0.1") };
+        format!("{scheme}://{user}:{password}@{host}:{}/{}", self.port, vhost.replace('/', "%2f"))
     }
 
     /// Its AMQP port on 127.0.0.1.
@@ -85,7 +141,22 @@ impl RabbitMq {
     pub fn vhost(&self) -> Vhost {
         let name = unique("v");
         self.management("PUT", &format!("vhosts/{name}")).unwrap();
+        for (user, _) in USERS {
+            self.permit(&name, user, &permissions(user));
+        }
         Vhost { url: self.url(&name), name }
+    }
+
+    /// Gives a user permissions in a vhost: configure, write, read.
+    pub fn permit(&self, vhost: &str, user: &str, [configure, write, read]: &[String; 3]) {
+        let path = format!("permissions/{}/{user}", vhost.replace('/', "%2f"));
+        self.put(&path, &json!({ "configure": configure, "write": write, "read": read }));
+    }
+
+    fn put(&self, path: &str, body: &Value) {
+        let url = format!("http://127.0.0.1:{}/api/{path}", self.management);
+        let put = ureq::put(&url).header("authorization", GUEST).content_type("application/json");
+        put.send(body.to_string()).unwrap();
     }
 
     /// Starts it and waits until it takes connections.
@@ -176,16 +247,12 @@ impl RabbitMq {
     }
 
     /// Asks the management API; its answer, or null where it has none.
-    pub fn management(&self, method: &str, path: &str) -> Result<serde_json::Value, String> {
+    pub fn management(&self, method: &str, path: &str) -> Result<Value, String> {
         let url = format!("http://127.0.0.1:{}/api/{path}", self.management);
         let request = ureq::http::Request::builder().method(method).uri(url).header("authorization", GUEST).body(());
         let mut response = ureq::run(request.unwrap()).map_err(|error| error.to_string())?;
         let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
-        if text.is_empty() {
-            Ok(serde_json::Value::Null)
-        } else {
-            serde_json::from_str(&text).map_err(|e| e.to_string())
-        }
+        if text.is_empty() { Ok(Value::Null) } else { serde_json::from_str(&text).map_err(|e| e.to_string()) }
     }
 }
 
@@ -198,7 +265,7 @@ fn server_script() -> &'static str {
 /// A vhost.
 #[derive(Debug, Clone)]
 pub struct Vhost {
-    /// Its address, with user and password.
+    /// Its address, with broadcastd's user and password.
     pub url: String,
     /// Its name.
     pub name: String,

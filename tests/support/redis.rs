@@ -1,4 +1,5 @@
-//! Private Redis servers.
+//! Private Redis servers. Their users are those of `deploy/redis/users.acl`, under the prefixes of the tests; beside them the
+//! default user stays, without a password, for what the tests themselves do.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -8,8 +9,22 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
+use super::certificates::Certificate;
 use super::guard::{Guarded, folder};
 use super::{SOON, ports, unique, until_blocking};
+
+/// The users as they are committed.
+const USERS: &str = include_str!("../../deploy/redis/users.acl");
+
+/// The user and password of `users.acl`.
+pub const LOGIN: &str = "broadcastd:change-me";
+
+/// `users.acl` for keys of this prefix; `*` at its end stands for all that begin so.
+pub fn users(prefix: &str) -> String {
+    let users = USERS.replace("~bc:*", &format!("~{prefix}")).replace("&bc:*", &format!("&{prefix}"));
+    assert_eq!(users.matches(prefix).count(), 2, "keys and channels of {USERS}");
+    users
+}
 
 /// One redis-server. It is killed when dropped.
 #[derive(Debug)]
@@ -17,6 +32,7 @@ pub struct Redis {
     port: u16,
     folder: PathBuf,
     arguments: Vec<String>,
+    tls: Option<Certificate>,
     process: Option<Guarded>,
 }
 
@@ -35,8 +51,24 @@ impl Redis {
 
     /// One that a test may kill, freeze and fill. `arguments` as for redis-server.
     pub fn dedicated(arguments: &[&str]) -> Self {
+        Self::make(arguments, None)
+    }
+
+    /// One that takes TLS connections only; from clients with a certificate of the same authority only, if `mutual`.
+    pub fn with_tls(certificate: &Certificate, mutual: bool, arguments: &[&str]) -> Self {
+        let Certificate { ca, certificate: own, key } = certificate;
+        let clients = if mutual { "yes" } else { "no" };
+        let tls =
+            ["--tls-ca-cert-file", ca, "--tls-cert-file", own, "--tls-key-file", key, "--tls-auth-clients", clients];
+        Self::make(&[&tls, arguments].concat(), Some(certificate.clone()))
+    }
+
+    fn make(arguments: &[&str], tls: Option<Certificate>) -> Self {
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        let mut redis = Self { port: ports::free(), folder: folder("redis"), arguments, process: None };
+        let mut redis = Self { port: ports::free(), folder: folder("redis"), arguments, tls, process: None };
+        // Only what is listed may log in, but for the tests' own tools: replicas and Sentinels come in by the default user too.
+        let users = users("t-*").replace("user default off", "user default on nopass ~* &* +@all");
+        std::fs::write(redis.folder.join("users.acl"), users).unwrap();
         redis.start();
         redis
     }
@@ -46,9 +78,11 @@ impl Redis {
         Self::dedicated(&["--appendonly", "yes", "--appendfsync", "everysec"])
     }
 
-    /// Its address.
+    /// Its address, for broadcastd: with the user of `users.acl`.
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+        // Certificates name the host.
+        let (scheme, host) = if self.tls.is_some() { ("rediss", "localhost") } else { ("redis", "127.0.0.1") };
+        format!("{scheme}://{LOGIN}@{host}:{}", self.port)
     }
 
     /// Its port on 127.0.0.1.
@@ -66,6 +100,11 @@ impl Redis {
         &self.folder
     }
 
+    /// What it has written to its log.
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(self.folder.join("output")).unwrap_or_default()
+    }
+
     /// Starts it and waits until it has loaded its data.
     pub fn start(&mut self) {
         self.start_without_waiting();
@@ -77,7 +116,14 @@ impl Redis {
         assert!(self.process.is_none(), "it runs already");
         let port = self.port.to_string();
         let folder = self.folder.to_str().unwrap();
-        let mut program = vec!["redis-server", "--port", &port, "--bind", "127.0.0.1", "--dir", folder, "--save", ""];
+        let users = self.folder.join("users.acl");
+        let mut program = vec!["redis-server", "--bind", "127.0.0.1", "--dir", folder, "--save", ""];
+        program.extend(if self.tls.is_some() {
+            ["--port", "0", "--tls-port", &port]
+        } else {
+            ["--port", &port, "--tls-port", "0"]
+        });
+        program.extend(["--aclfile", users.to_str().unwrap()]);
         program.extend(self.arguments.iter().map(String::as_str));
         self.process = Some(Guarded::spawn("redis", &program, &BTreeMap::new(), &self.folder.join("output")));
     }
@@ -104,8 +150,11 @@ impl Redis {
         self.process.as_ref().expect("it runs").signal(Signal::CONT);
     }
 
-    fn try_command(&self, command: &[&str]) -> Result<String, String> {
-        redis_cli(self.port, command)
+    /// The same, or what was wrong with it.
+    pub fn try_command(&self, command: &[&str]) -> Result<String, String> {
+        let output = redis_cli(self.port, self.tls.as_ref()).arg("--raw").args(command).output().unwrap();
+        let text = |bytes| String::from_utf8_lossy(bytes).trim_end().to_owned();
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
     /// The answer to one command, as redis-cli prints it raw.
@@ -114,11 +163,25 @@ impl Redis {
     }
 }
 
-fn redis_cli(port: u16, command: &[&str]) -> Result<String, String> {
-    let output =
-        Command::new("redis-cli").args(["-e", "--raw", "-p", &port.to_string()]).args(command).output().unwrap();
-    let text = |bytes| String::from_utf8_lossy(bytes).trim_end().to_owned();
-    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+fn redis_cli(port: u16, tls: Option<&Certificate>) -> Command {
+    let mut cli = Command::new("redis-cli");
+    cli.args(["-e", "-p", &port.to_string()]);
+    if let Some(Certificate { ca, certificate, key }) = tls {
+        cli.args(["--tls", "--cacert", ca, "--cert", certificate, "--key", key]);
+    }
+    cli
+}
+
+/// A server that is to be part of a cluster.
+fn cluster_server(tls: Option<&Certificate>, arguments: &[&str]) -> Redis {
+    // The default cluster port is the port + 10000, which may not be free.
+    let bus = ports::free().to_string();
+    let in_cluster = ["--cluster-enabled", "yes", "--cluster-port", &bus, "--cluster-node-timeout", "2000"];
+    let arguments = [&in_cluster, arguments].concat();
+    match tls {
+        None => Redis::dedicated(&arguments),
+        Some(certificate) => Redis::with_tls(certificate, false, &[&arguments[..], &["--tls-cluster", "yes"]].concat()),
+    }
 }
 
 /// A Redis Cluster of three masters.
@@ -137,25 +200,26 @@ impl RedisCluster {
 
     /// Starts one and waits until every master knows all slots to be served.
     pub fn start() -> Self {
-        let masters: Vec<Redis> = (0..3)
-            .map(|_| {
-                let bus = ports::free().to_string();
-                // The default cluster port is the port + 10000, which may not be free.
-                Redis::dedicated(&[
-                    "--cluster-enabled",
-                    "yes",
-                    "--cluster-port",
-                    &bus,
-                    "--cluster-node-timeout",
-                    "2000",
-                ])
-            })
-            .collect();
+        Self::make(None, &[])
+    }
+
+    /// The same, of servers with these arguments.
+    pub fn start_with(arguments: &[&str]) -> Self {
+        Self::make(None, arguments)
+    }
+
+    /// One that speaks TLS only, between its servers too. The certificate is for `localhost` and `127.0.0.1`.
+    pub fn with_tls(certificate: &Certificate) -> Self {
+        Self::make(Some(certificate), &[])
+    }
+
+    fn make(tls: Option<&Certificate>, arguments: &[&str]) -> Self {
+        let masters: Vec<Redis> = (0..3).map(|_| cluster_server(tls, arguments)).collect();
         let addresses: Vec<String> = masters.iter().map(|master| format!("127.0.0.1:{}", master.port)).collect();
         let mut create = vec!["--cluster", "create"];
         create.extend(addresses.iter().map(String::as_str));
         create.push("--cluster-yes");
-        let output = Command::new("redis-cli").args(&create).output().unwrap();
+        let output = redis_cli(masters[0].port, tls).args(&create).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
         for master in &masters {
             until_blocking("a whole cluster", Duration::from_secs(30), || {
@@ -175,8 +239,96 @@ impl RedisCluster {
         self.masters[0].url()
     }
 
+    /// The addresses of all its masters, for `redis.url`.
+    pub fn urls(&self) -> String {
+        self.masters.iter().map(Redis::url).collect::<Vec<_>>().join(",")
+    }
+
+    /// Adds a replica of one of the masters, caught up with it.
+    pub fn replica(&self, of: usize) -> Redis {
+        let replica = cluster_server(None, &[]);
+        let master = &self.masters[of];
+        let known = format!("127.0.0.1:{}", master.port);
+        let (new, id) = (format!("127.0.0.1:{}", replica.port), master.command(&["CLUSTER", "MYID"]));
+        let add = ["--cluster", "add-node", &new, &known, "--cluster-slave", "--cluster-master-id", &id];
+        let output = Command::new("redis-cli").args(add).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        until_blocking("a replica", SOON, || match replica.try_command(&["INFO", "replication"])? {
+            info if info.contains("master_link_status:up") => Ok(()),
+            info => Err(info),
+        });
+        replica
+    }
+
     /// Its masters.
     pub fn masters(&self) -> &[Redis] {
         &self.masters
+    }
+    /// The same, to kill and start them.
+    pub fn masters_mut(&mut self) -> &mut [Redis] {
+        &mut self.masters
+    }
+
+    /// Which slot the keys of `tag` are in.
+    pub fn slot(&self, tag: &str) -> u32 {
+        self.masters[0].command(&["CLUSTER", "KEYSLOT", &format!("{{{tag}}}")]).parse().unwrap()
+    }
+
+    /// Which of the masters serves a slot, by its own account.
+    pub fn owner(&self, slot: u32) -> usize {
+        let serves = |master: &Redis| {
+            let nodes = master.command(&["CLUSTER", "NODES"]);
+            let myself = nodes.lines().find(|line| line.contains("myself")).unwrap().to_owned();
+            // A slot that is on its way is in brackets.
+            myself.split(' ').skip(8).filter(|range| !range.starts_with('[')).any(|range| {
+                let (first, last) = range.split_once('-').unwrap_or((range, range));
+                (first.parse::<u32>().unwrap()..=last.parse().unwrap()).contains(&slot)
+            })
+        };
+        self.masters.iter().position(serves).expect("a master serves it")
+    }
+}
+
+/// A slot on its way from one master to another.
+#[derive(Debug)]
+pub struct Move<'a> {
+    cluster: &'a RedisCluster,
+    slot: String,
+    from: usize,
+    to: usize,
+}
+
+impl<'a> Move<'a> {
+    /// From here on the old master sends those who ask for a key that it has not to the new one.
+    pub fn begin(cluster: &'a RedisCluster, slot: u32, to: usize) -> Self {
+        let this = Self { cluster, slot: slot.to_string(), from: cluster.owner(slot), to };
+        assert_ne!(this.from, this.to);
+        let id = |master: usize| cluster.masters[master].command(&["CLUSTER", "MYID"]);
+        cluster.masters[to].command(&["CLUSTER", "SETSLOT", &this.slot, "IMPORTING", &id(this.from)]);
+        cluster.masters[this.from].command(&["CLUSTER", "SETSLOT", &this.slot, "MIGRATING", &id(to)]);
+        this
+    }
+
+    /// Moves so many of its keys at the most; returns how many are left.
+    pub fn keys(&self, most: usize) -> usize {
+        let from = &self.cluster.masters[self.from];
+        let keys = from.command(&["CLUSTER", "GETKEYSINSLOT", &self.slot, &most.to_string()]);
+        if !keys.is_empty() {
+            let port = self.cluster.masters[self.to].port.to_string();
+            let mut migrate = vec!["MIGRATE", "127.0.0.1", &port, "", "0", "5000", "KEYS"];
+            migrate.extend(keys.lines());
+            from.command(&migrate);
+        }
+        from.command(&["CLUSTER", "COUNTKEYSINSLOT", &self.slot]).parse().unwrap()
+    }
+
+    /// Moves the rest, and has the new master serve it.
+    pub fn finish(self) {
+        while self.keys(100) > 0 {}
+        let id = self.cluster.masters[self.to].command(&["CLUSTER", "MYID"]);
+        // The new one first: nobody may be sent to one that does not know.
+        for master in [self.to, self.from].into_iter().chain((0..3).filter(|at| ![self.to, self.from].contains(at))) {
+            self.cluster.masters[master].command(&["CLUSTER", "SETSLOT", &self.slot, "NODE", &id]);
+        }
     }
 }

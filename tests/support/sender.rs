@@ -17,6 +17,7 @@ use sha1::{Digest, Sha1};
 use tokio::sync::Notify;
 
 use super::broadcastd::App;
+use super::rabbitmq::{ADMINISTRATOR, as_user};
 use super::{SOON, now_ms, unique, until};
 
 /// A request as a backend writes it; add fields with `request["…"] = …`.
@@ -58,8 +59,13 @@ pub struct DeadLetter {
 }
 
 impl Amqp {
-    /// Connects, with a reply queue of its own.
+    /// Connects as the administrator, with a reply queue of its own.
     pub async fn connect(url: &str) -> Self {
+        Self::connect_as_given(&as_user(url, ADMINISTRATOR)).await
+    }
+
+    /// Connects as the user of the address, with a reply queue of its own.
+    pub async fn connect_as_given(url: &str) -> Self {
         let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
@@ -130,6 +136,11 @@ impl Amqp {
         tokio::time::timeout(SOON, wait).await.unwrap_or_else(|_| panic!("no reply to {correlation} in {SOON:?}"))
     }
 
+    /// Every reply with this correlation id that has come so far.
+    pub fn all_replies(&self, correlation: &str) -> Vec<Value> {
+        self.replies.by_correlation.lock().unwrap().get(correlation).cloned().unwrap_or_default()
+    }
+
     /// Sends requests all at once and waits for all verdicts, in order.
     pub async fn burst(&self, requests: &[Value]) -> Vec<Value> {
         let payloads: Vec<String> = requests.iter().map(Value::to_string).collect();
@@ -173,10 +184,27 @@ impl Amqp {
         .await
     }
 
+    /// Takes everything from the dead-letter queue, which may be nothing.
+    pub async fn dead_letters(&self) -> Vec<DeadLetter> {
+        let mut letters = Vec::new();
+        while self.ready("broadcast.dead").await > 0 {
+            letters.push(self.dead_letter().await);
+        }
+        letters
+    }
+
     /// How many messages are ready in a queue.
     pub async fn ready(&self, queue: &str) -> u32 {
         let options = QueueDeclareOptions::durable().passive();
         self.channel.queue_declare(queue.into(), options, FieldTable::default()).await.unwrap().message_count()
+    }
+
+    /// Declares a queue of this connection, gone with it.
+    pub async fn declare_queue(&self, queue: &str) {
+        self.channel
+            .queue_declare(queue.into(), QueueDeclareOptions::exclusive(), FieldTable::default())
+            .await
+            .unwrap();
     }
 
     /// Deletes a queue.
@@ -195,6 +223,31 @@ fn text(value: &AMQPValue) -> String {
         AMQPValue::LongString(text) => String::from_utf8_lossy(text.as_bytes()).into_owned(),
         AMQPValue::ShortString(text) => text.as_str().to_owned(),
         other => format!("{other:?}"),
+    }
+}
+
+/// The headers of a signed call.
+#[derive(Debug, Clone)]
+pub struct Signature {
+    /// `Nonce`.
+    pub nonce: String,
+    /// `CurTime`.
+    pub time: String,
+    /// `CheckSum`.
+    pub check_sum: String,
+}
+
+impl Signature {
+    /// A new one, of now.
+    pub fn new(app: &App) -> Self {
+        Self::with_secret(&app.secret)
+    }
+
+    /// A new one, of now.
+    pub fn with_secret(secret: &str) -> Self {
+        let (nonce, time) = (unique("nonce"), (now_ms() / 1000).to_string());
+        let digest = Sha1::digest(format!("{secret}{nonce}{time}"));
+        Self { check_sum: digest.iter().map(|byte| format!("{byte:02x}")).collect(), nonce, time }
     }
 }
 
@@ -219,12 +272,26 @@ impl Api {
         answer
     }
 
-    /// The same, with the HTTP status; a sentence if the call did not come through.
+    /// The same, with a signature of one's own.
+    pub async fn signed(&self, path: &str, form: &[(&str, &str)], signature: &Signature) -> Value {
+        let (status, answer) = self.try_signed(path, form, signature).await.unwrap();
+        assert_eq!(status, 200, "{answer}");
+        answer
+    }
+
+    /// A call, with the HTTP status; a sentence if it did not come through.
     pub async fn try_call(&self, path: &str, form: &[(&str, &str)]) -> Result<(u16, Value), String> {
+        self.try_signed(path, form, &Signature::with_secret(&self.secret)).await
+    }
+
+    async fn try_signed(
+        &self,
+        path: &str,
+        form: &[(&str, &str)],
+        signature: &Signature,
+    ) -> Result<(u16, Value), String> {
         let url = format!("{}/{path}", self.url);
-        let (nonce, time) = (unique("nonce"), (now_ms() / 1000).to_string());
-        let digest = Sha1::digest(format!("{}{nonce}{time}", self.secret));
-        let checksum: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let Signature { nonce, time, check_sum } = signature.clone();
         let form: Vec<(String, String)> = form.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect();
         let key = self.key.clone();
         let call = move || {
@@ -238,7 +305,7 @@ impl Api {
                 .header("AppKey", key)
                 .header("Nonce", nonce)
                 .header("CurTime", time)
-                .header("CheckSum", checksum);
+                .header("CheckSum", check_sum);
             let mut response = request.send_form(form).map_err(|error| error.to_string())?;
             let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
             let answer = serde_json::from_str(&text).map_err(|error| format!("{error}: {text}"))?;

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use redb::{ReadableTable, Table, WriteTransaction};
 
 use super::read::{log_entry, retained_entry};
-use super::store::{EXPIRIES, Failure, LOG, META, QUOTA, REQUESTS, RETAINED, RequestRow};
+use super::store::{EXPIRIES, Failure, LOG, META, QUOTA, REQUESTS, RETAINED, RequestRow, USED, USED_EXPIRIES};
 use crate::broadcast::app::AppKey;
-use crate::broadcast::envelope::{self, Content};
+use crate::broadcast::envelope::{self, Content, Envelope};
 use crate::broadcast::quota::{Limits, Quota};
 use crate::broadcast::request::Submission;
 use crate::broadcast::retention::MAX_RETAINED;
@@ -105,6 +105,8 @@ pub(super) struct Tables<'txn> {
     retained: Table<'txn, (&'static str, u64), (u64, &'static [u8])>,
     requests: Table<'txn, (&'static str, &'static str), RequestRow<'static>>,
     expiries: Table<'txn, (u64, &'static str, &'static str), ()>,
+    used: Table<'txn, (&'static str, &'static str), u64>,
+    used_expiries: Table<'txn, (u64, &'static str, &'static str), ()>,
     /// Changes made: with none, there is nothing to commit.
     writes: usize,
 }
@@ -118,6 +120,9 @@ impl<'txn> Tables<'txn> {
             retained: transaction.open_table(RETAINED)?,
             requests: transaction.open_table(REQUESTS)?,
             expiries: transaction.open_table(EXPIRIES)?,
+            // Made by the first write: files of earlier versions have none, and nobody else reads them.
+            used: transaction.open_table(USED)?,
+            used_expiries: transaction.open_table(USED_EXPIRIES)?,
             writes: 0,
         })
     }
@@ -224,7 +229,16 @@ impl<'txn> Tables<'txn> {
             meta.head = meta.head.max(head);
             self.put_meta(app, &meta)?;
         }
-        for id in recalled {
+        // What was deleted after what the node knows must not come back with it.
+        let mut recalled = recalled.to_vec();
+        for row in self.log.range((app, head.saturating_add(1))..=(app, u64::MAX))? {
+            let entry = Envelope::read(row?.1.value()).map(|envelope| envelope.content);
+            recalled.extend(entry.ok().and_then(|content| match content {
+                Content::Recall(id) => Some(id),
+                Content::Broadcast { .. } | Content::Newer(_) => None,
+            }));
+        }
+        for id in &recalled {
             if self.retained.remove((app, *id))?.is_some() {
                 self.writes += 1;
             }
@@ -259,6 +273,38 @@ impl<'txn> Tables<'txn> {
         for (until_ms, app, request_id) in &due {
             self.expiries.remove((*until_ms, app.as_str(), request_id.as_str()))?;
             self.requests.remove((app.as_str(), request_id.as_str()))?;
+        }
+        Ok(())
+    }
+
+    /// Whether nobody has used the mark within its time; see [`crate::ledger::Ledger::first_use`].
+    pub fn first_use(&mut self, app: &str, mark: &str, time_ms: u64, now_ms: u64) -> Result<bool, Failure> {
+        let known = self.used.get((app, mark))?.map(|until| until.value());
+        if known.is_some_and(|until_ms| until_ms > now_ms) {
+            return Ok(false);
+        }
+        if let Some(until_ms) = known {
+            self.used_expiries.remove((until_ms, app, mark))?;
+        }
+        let until_ms = now_ms.saturating_add(time_ms);
+        self.used.insert((app, mark), until_ms)?;
+        self.used_expiries.insert((until_ms, app, mark), ())?;
+        self.writes += 1;
+        Ok(true)
+    }
+
+    /// Forgets marks that are past their time, a few at a time, as many as are added at least.
+    pub fn forget_used(&mut self, now_ms: u64) -> Result<(), Failure> {
+        let last = (now_ms.saturating_sub(FORGET_LATE_MS), "", "");
+        let mut due = Vec::new();
+        for row in self.used_expiries.range(..last)?.take(2 * self.writes + 16) {
+            let key = row?.0;
+            let (until_ms, app, mark) = key.value();
+            due.push((until_ms, app.to_owned(), mark.to_owned()));
+        }
+        for (until_ms, app, mark) in &due {
+            self.used_expiries.remove((*until_ms, app.as_str(), mark.as_str()))?;
+            self.used.remove((app.as_str(), mark.as_str()))?;
         }
         Ok(())
     }

@@ -204,6 +204,13 @@ impl Ledger for EmbeddedLedger {
         })
     }
 
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, time: Duration) -> Answer<'a, bool> {
+        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Box::pin(
+            async move { self.write(|answer| Command::FirstUse(app.clone(), mark.to_owned(), time_ms, answer)).await? },
+        )
+    }
+
     fn join<'a>(
         &'a self,
         app: &'a AppKey,
@@ -223,7 +230,7 @@ impl Ledger for EmbeddedLedger {
                 Ok((read::head(view, app.as_str())?, read::snapshot(view, app.as_str(), after, now_ms)?))
             };
             let ((head, (log, retained)), now_ms) = self.read(take_lease, snapshot).await?;
-            Ok(Snapshot { now_ms, head, generation: self.generation(), log, retained })
+            Ok(Snapshot { now_ms, head, generation: self.generation(), log, retained, logged: None })
         })
     }
 

@@ -25,6 +25,11 @@ pub(super) const REQUESTS: TableDefinition<'_, (&str, &str), RequestRow<'static>
 /// Until when a request id is remembered (ms), app, request id: the order in which they are forgotten.
 pub(super) const EXPIRIES: TableDefinition<'_, (u64, &str, &str), ()> = TableDefinition::new("expiries");
 
+/// App, mark → until when its use is remembered (ms).
+pub(super) const USED: TableDefinition<'_, (&str, &str), u64> = TableDefinition::new("used");
+/// Until when the use of a mark is remembered (ms), app, mark: the order in which they are forgotten.
+pub(super) const USED_EXPIRIES: TableDefinition<'_, (u64, &str, &str), ()> = TableDefinition::new("used_expiries");
+
 /// Remembered until (ms), content hash, id, time (ms), valid until (ms, 0 if not retained), nodes targeted, nodes reached.
 pub(super) type RequestRow<'a> = (u64, &'a str, u64, u64, u64, u32, u32);
 
@@ -213,6 +218,7 @@ fn sentence(error: &redb::Error) -> String {
 fn io_sentence(error: &std::io::Error) -> String {
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "the disk with the ledger's file is full".to_owned(),
+        ErrorKind::FileTooLarge => "the ledger's file has reached the limit on the size of files".to_owned(),
         ErrorKind::ReadOnlyFilesystem => "the disk with the ledger's file is read-only".to_owned(),
         ErrorKind::InvalidData => format!("it is not a ledger, or damaged ({error})"),
         _ => error.to_string(),

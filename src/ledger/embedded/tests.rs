@@ -67,6 +67,20 @@ async fn what_was_answered_survives_a_crash_at_any_write() {
 }
 
 #[tokio::test]
+async fn what_was_deleted_meanwhile_is_not_written_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let ledger = open(&folder.path().join("ledger.redb")).unwrap();
+    let id = accepted(accept(&ledger, "r1").await).id;
+    let known = ledger.join(&app("a"), &node(), LEASE, 0).await.unwrap();
+    assert_eq!(ids(&known.retained), [id]);
+    // A node that has read the state above writes it back after this.
+    let recall = ledger.recall(&app("a"), id).await.unwrap().unwrap();
+    assert_eq!(ledger.restore(&app("a"), known.head, &known.retained, &[]).await.unwrap(), 0);
+    let now = ledger.join(&app("a"), &node(), LEASE, 0).await.unwrap();
+    assert_eq!((ids(&now.retained), now.head), (Vec::new(), recall.recall_id));
+}
+
+#[tokio::test]
 async fn a_killed_process_leaves_what_it_said() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ledger.redb");

@@ -37,6 +37,8 @@ pub(super) enum Command {
         recalled: Vec<BroadcastId>,
         answer: oneshot::Sender<Result<u32>>,
     },
+    /// App, mark, for how long (ms).
+    FirstUse(AppKey, String, u64, oneshot::Sender<Result<bool>>),
     /// A reader met a failure: see whether the disk is there.
     Check,
 }
@@ -52,6 +54,7 @@ enum Outcome {
     Accept(Vec<Result<Decision>>),
     Recall(Result<Option<Recalled>>),
     Restore(Result<u32>),
+    FirstUse(Result<bool>),
     Nothing,
 }
 
@@ -178,6 +181,7 @@ impl Writer {
             }
             if tables.writes() > 0 {
                 tables.forget_requests(self.shared.now_ms())?;
+                tables.forget_used(self.shared.now_ms())?;
             }
             tables.writes()
         };
@@ -225,6 +229,10 @@ impl Writer {
             })),
             Command::Restore { app, head, retained, recalled, .. } => {
                 Outcome::Restore(alone(tables.restore(app.as_str(), *head, retained, recalled, &moment()))?)
+            }
+            Command::FirstUse(app, mark, time_ms, _) => {
+                let now_ms = self.shared.now_ms();
+                Outcome::FirstUse(alone(tables.first_use(app.as_str(), mark, *time_ms, now_ms))?)
             }
             Command::Check => {
                 self.shared.suspect.store(false, Ordering::Release);
@@ -298,7 +306,7 @@ impl Command {
         match self {
             Self::Accept(requests, _) => requests.len(),
             Self::Restore { retained, .. } => 1 + retained.len(),
-            Self::Recall(..) | Self::Check => 1,
+            Self::Recall(..) | Self::FirstUse(..) | Self::Check => 1,
         }
     }
 }
@@ -310,6 +318,7 @@ impl Job {
             (Command::Accept(_, answer), Outcome::Accept(decisions)) => drop(answer.send(decisions)),
             (Command::Recall(_, _, answer), Outcome::Recall(recalled)) => drop(answer.send(recalled)),
             (Command::Restore { answer, .. }, Outcome::Restore(count)) => drop(answer.send(count)),
+            (Command::FirstUse(.., answer), Outcome::FirstUse(first)) => drop(answer.send(first)),
             // apply() makes the outcome of each command's own kind.
             _ => {}
         }
@@ -322,6 +331,7 @@ impl Job {
             }
             Command::Recall(_, _, answer) => drop(answer.send(Err(error.clone()))),
             Command::Restore { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Command::FirstUse(.., answer) => drop(answer.send(Err(error.clone()))),
             Command::Check => {}
         }
     }

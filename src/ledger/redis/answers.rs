@@ -2,6 +2,7 @@
 
 use redis::{Cmd, Value};
 
+use crate::broadcast::MAX_ID;
 use crate::broadcast::app::AppKey;
 use crate::broadcast::envelope::Envelope;
 use crate::broadcast::verdict::{Accepted, Decision, Limit, Refusal};
@@ -23,7 +24,7 @@ pub(super) fn arguments<const K: usize, const A: usize>(
     command
 }
 
-pub(super) fn read<T: redis::FromRedisValue>(value: Value) -> Result<T, LedgerError> {
+pub(crate) fn read<T: redis::FromRedisValue>(value: Value) -> Result<T, LedgerError> {
     redis::from_redis_value(value).map_err(|_| LedgerError::Corrupt("a script gave an unexpected answer".into()))
 }
 
@@ -44,7 +45,7 @@ pub(super) fn small(number: u64) -> u32 {
 }
 
 /// The answer of accept.lua.
-pub(super) fn read_decision(value: &Value) -> Result<Decision, LedgerError> {
+pub(crate) fn read_decision(value: &Value) -> Result<Decision, LedgerError> {
     let unexpected = || LedgerError::Corrupt("the accept script gave an unexpected answer".into());
     let Value::Array(items) = value else { return Err(unexpected()) };
     let mut numbers = [0u64; 7];
@@ -56,6 +57,10 @@ pub(super) fn read_decision(value: &Value) -> Result<Decision, LedgerError> {
         *number = u64::try_from(*integer).map_err(|_| unexpected())?;
     }
     match (numbers[0], items.len()) {
+        // What lies outside is not the script's, and must not be told to a sender as a verdict.
+        (1, 7) if !(1..=MAX_ID).contains(&numbers[1]) || (numbers[3] != 0 && numbers[3] <= numbers[2]) => {
+            Err(unexpected())
+        }
         (1, 7) => Ok(Decision::Accepted(Accepted {
             id: numbers[1],
             time_ms: numbers[2],
@@ -65,8 +70,12 @@ pub(super) fn read_decision(value: &Value) -> Result<Decision, LedgerError> {
             repeated: numbers[6] != 0,
         })),
         (2, 1) => Ok(Decision::Conflict),
-        (3, 3) => {
-            let limit = if numbers[1] == 1 { Limit::Minute } else { Limit::Day };
+        (3, 3) if numbers[2] >= 1 => {
+            let limit = match numbers[1] {
+                1 => Limit::Minute,
+                2 => Limit::Day,
+                _ => return Err(unexpected()),
+            };
             Ok(Decision::Refused(Refusal { limit, retry_after: numbers[2] }))
         }
         _ => Err(unexpected()),

@@ -8,15 +8,16 @@ use redis::cluster::ClusterClientBuilder;
 use redis::cluster_async::ClusterConnection;
 use redis::cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo};
 use redis::io::tcp::TcpSettings;
-use redis::sentinel::{SentinelClientBuilder, SentinelServerType};
 use redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion,
-    RedisError, RedisFuture, RedisResult, TlsCertificates, TlsMode, Value,
+    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, Pipeline,
+    ProtocolVersion, RedisError, RedisFuture, RedisResult, TlsCertificates, Value,
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
+use super::sentinels::{self, Address, Sentinels};
 use crate::ledger::Generation;
+use crate::tls::{TlsFiles, advice};
 
 /// How Redis is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -42,10 +43,22 @@ pub struct RedisSettings {
     pub mode: Mode,
     /// The name under which the Sentinels know the master.
     pub sentinel_service: String,
+    /// The user for the Sentinels themselves, where they have users; empty: the default one.
+    pub sentinel_username: String,
+    /// The password for the Sentinels themselves, if they ask for one.
+    pub sentinel_password: SecretString,
+    /// A file that holds that password, instead; read by the settings loader.
+    pub sentinel_password_file: String,
     /// In front of every key and channel.
     pub key_prefix: String,
     /// A PEM file with the certificate authority to trust for TLS, instead of the system's.
     pub ca_file: String,
+    /// A PEM file with the certificate that this client shows to Redis, where that wants one.
+    #[serde(default)]
+    pub client_certificate_file: String,
+    /// A PEM file with its private key.
+    #[serde(default)]
+    pub client_key_file: String,
     /// Time to connect, milliseconds.
     pub connect_timeout_ms: u64,
     /// Time to answer, milliseconds. A call that takes longer counts as unknown, and is repeated.
@@ -111,15 +124,21 @@ impl RedisSettings {
             .collect()
     }
 
-    fn certificates(&self) -> RedisResult<Option<TlsCertificates>> {
-        if self.ca_file.is_empty() {
-            return Ok(None);
-        }
-        let root_cert = std::fs::read(&self.ca_file).map_err(RedisError::from)?;
-        Ok(Some(TlsCertificates { client_tls: None, root_cert: Some(root_cert) }))
+    fn tls_files(&self) -> TlsFiles<'_> {
+        let (certificate, key) = (&self.client_certificate_file, &self.client_key_file);
+        TlsFiles { section: "redis", ca: &self.ca_file, certificate, key }
     }
 
-    fn client(&self, info: ConnectionInfo) -> RedisResult<Client> {
+    fn certificates(&self) -> RedisResult<Option<TlsCertificates>> {
+        if !self.tls_files().any() {
+            return Ok(None);
+        }
+        let pem = self.tls_files().read().map_err(std::io::Error::other)?;
+        let client_tls = pem.identity.map(|(client_cert, client_key)| ClientTlsConfig { client_cert, client_key });
+        Ok(Some(TlsCertificates { client_tls, root_cert: pem.ca }))
+    }
+
+    pub(super) fn client(&self, info: ConnectionInfo) -> RedisResult<Client> {
         match self.certificates()? {
             Some(certificates) => Client::build_with_tls(info, certificates),
             None => Client::open(info),
@@ -135,6 +154,11 @@ impl RedisSettings {
         if infos.is_empty() {
             return Err("redis.url is empty".into());
         }
+        let plain = infos.iter().any(|info| !matches!(info.addr(), ConnectionAddr::TcpTls { .. }));
+        if self.tls_files().any() && plain {
+            return Err("redis.ca_file or a client certificate is set, but redis.url is no rediss:// address".into());
+        }
+        self.tls_files().read()?;
         if self.mode == Mode::Single && infos.len() > 1 {
             return Err("redis.url lists several servers, but redis.mode is single".into());
         }
@@ -144,8 +168,24 @@ impl RedisSettings {
         Ok(())
     }
 
-    /// Opens a connection. `push`: where pub/sub messages go, if there will be any.
-    pub(super) async fn open<S: AsyncPushSender>(&self, push: Option<S>) -> RedisResult<Connection> {
+    /// Who is to be asked for the master, if anyone is.
+    ///
+    /// # Errors
+    /// The URLs, or a certificate file.
+    pub(super) fn sentinels(&self) -> RedisResult<Option<Sentinels>> {
+        if self.mode != Mode::Sentinel {
+            return Ok(None);
+        }
+        Ok(Some(Sentinels::new(self, &self.infos()?)))
+    }
+
+    /// Opens a connection. `push`: where pub/sub messages go, if there will be any. `master`: where the Sentinels say that it
+    /// is; otherwise `redis.url` says it.
+    pub(super) async fn open<S: AsyncPushSender>(
+        &self,
+        push: Option<S>,
+        master: Option<&Address>,
+    ) -> RedisResult<Connection> {
         let connect_timeout = Duration::from_millis(self.connect_timeout_ms);
         let response_timeout = Duration::from_millis(self.response_timeout_ms);
         let mut config = AsyncConnectionConfig::new()
@@ -170,36 +210,26 @@ impl RedisSettings {
         if let Some(push) = push {
             config = config.set_push_sender(push);
         }
-        let client = match self.mode {
-            Mode::Sentinel => self.ask_sentinels(&infos).await?,
-            Mode::Single | Mode::Cluster => self.client(infos.swap_remove(0))?,
-        };
+        // User, password and database of the master are those of the first URL.
+        let first = infos.swap_remove(0);
+        let client = self.client(master.map_or_else(|| first.clone(), |master| sentinels::at(&first, master)))?;
         Ok(Connection::Single(client.get_multiplexed_async_connection_with_config(&config).await?))
     }
 
-    /// The client of the master that the Sentinels name now. User, password and database are those of the first URL.
-    async fn ask_sentinels(&self, infos: &[ConnectionInfo]) -> RedisResult<Client> {
-        let sentinels = infos.iter().map(|info| info.addr().clone());
-        let mut builder = SentinelClientBuilder::new(sentinels, &self.sentinel_service, SentinelServerType::Master)?
-            .set_client_to_redis_protocol(ProtocolVersion::RESP3)
-            .set_client_to_redis_tcp_settings(Self::tcp());
-        if let Some(first) = infos.first() {
-            let redis = first.redis_settings();
-            builder = builder.set_client_to_redis_db(redis.db());
-            if let Some(username) = redis.username() {
-                builder = builder.set_client_to_redis_username(username);
-            }
-            if let Some(password) = redis.password() {
-                builder = builder.set_client_to_redis_password(password);
-            }
-            if matches!(first.addr(), ConnectionAddr::TcpTls { .. }) {
-                builder = builder.set_client_to_redis_tls_mode(TlsMode::Secure);
-                if let Some(certificates) = self.certificates()? {
-                    builder = builder.set_client_to_redis_certificates(certificates);
-                }
-            }
-        }
-        builder.build()?.async_get_client().await
+    /// Why [`RedisSettings::open`] failed. A server without TLS waits for the end of what it takes for a command; one with TLS
+    /// hangs up on who speaks without.
+    pub(super) fn refused(&self, error: &RedisError) -> String {
+        let secure = self
+            .infos()
+            .is_ok_and(|infos| infos.iter().any(|info| matches!(info.addr(), ConnectionAddr::TcpTls { .. })));
+        let hint = if secure && error.is_timeout() {
+            " (does Redis speak TLS on this port?)"
+        } else if !secure && error.is_connection_dropped() {
+            " (does Redis want TLS, rediss://, on this port?)"
+        } else {
+            ""
+        };
+        describe(error) + hint
     }
 }
 
@@ -250,6 +280,8 @@ pub(super) fn describe(error: &RedisError) -> String {
     } else if error.is_connection_refusal() {
         "connection refused".into()
     } else {
-        error.to_string().chars().filter(|c| !c.is_control()).take(200).collect()
+        let text: String = error.to_string().chars().filter(|c| !c.is_control()).take(200).collect();
+        let advice = advice(&text);
+        text + advice
     }
 }

@@ -2,15 +2,16 @@
 //! round. It is rebuilt behind the node's back; the node only learns that something may have been missed.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use redis::{PushInfo, PushKind, RedisResult, Value};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::connect::{Connection, RedisSettings, describe, probe};
 use super::keys::Keys;
+use super::link::{Live, State};
 use crate::backoff::Backoff;
 use crate::broadcast::app::AppKey;
 use crate::failpoint;
@@ -35,6 +36,9 @@ struct Inlet {
     feed: mpsc::Sender<Feed>,
     missed: Arc<AtomicBool>,
     lost: Arc<Notify>,
+    /// Apps whose sharded subscription the server has ended: their slot has moved. At most all that were subscribed. A std
+    /// Mutex, not tokio's: never held across an await.
+    moved: Arc<Mutex<HashSet<AppKey>>>,
 }
 
 impl Inlet {
@@ -61,6 +65,13 @@ impl Inlet {
                 self.missed.store(true, Ordering::Release);
                 self.lost.notify_one();
             }
+            // Also the answer to an unsubscription of ours: whoever looks knows what is to be subscribed.
+            PushKind::SUnsubscribe => {
+                let Some(Value::BulkString(channel)) = push.data.first() else { return };
+                let app = std::str::from_utf8(channel).ok().and_then(|channel| self.keys.app_of_channel(channel));
+                self.moved.lock().unwrap_or_else(PoisonError::into_inner).extend(app);
+                self.lost.notify_one();
+            }
             _ => {}
         }
     }
@@ -72,6 +83,7 @@ pub(super) struct Subscription {
     node: NodeName,
     inlet: Inlet,
     changes: mpsc::Receiver<Change>,
+    link: watch::Receiver<State>,
     subscribed: HashSet<AppKey>,
 }
 
@@ -82,10 +94,11 @@ impl Subscription {
         keys: Keys,
         node: NodeName,
         changes: mpsc::Receiver<Change>,
+        link: watch::Receiver<State>,
     ) -> (Self, mpsc::Receiver<Feed>) {
         let (feed, receiver) = mpsc::channel(FEED_CAPACITY);
-        let inlet = Inlet { keys, feed, missed: Arc::default(), lost: Arc::default() };
-        (Self { settings, node, inlet, changes, subscribed: HashSet::new() }, receiver)
+        let inlet = Inlet { keys, feed, missed: Arc::default(), lost: Arc::default(), moved: Arc::default() };
+        (Self { settings, node, inlet, changes, link, subscribed: HashSet::new() }, receiver)
     }
 
     /// Runs until the node drops its end or the ledger its.
@@ -96,7 +109,6 @@ impl Subscription {
                 Ok(()) => return,
                 Err(reason) => tracing::warn!(reason, "the subscription to Redis was lost; reconnecting"),
             }
-            // What waits for a subscription is told at once: the node tries again by itself.
             let delay = tokio::time::sleep(backoff.next_delay());
             tokio::pin!(delay);
             loop {
@@ -104,15 +116,37 @@ impl Subscription {
                     () = &mut delay => break,
                     change = self.changes.recv() => match change {
                         None => return,
-                        Some(Change::Subscribe(_, answer)) => {
-                            let _ = answer.send(Err(LedgerError::Unavailable("not connected".into())));
-                        }
-                        Some(Change::Unsubscribe(app, answer)) => {
-                            self.subscribed.remove(&app);
-                            let _ = answer.send(Ok(()));
-                        }
+                        Some(change) => self.put_off(change),
                     }
                 }
+            }
+        }
+    }
+
+    /// Takes a change while there is no connection. What waits for a subscription is told at once: the node tries again by
+    /// itself.
+    fn put_off(&mut self, change: Change) {
+        match change {
+            Change::Subscribe(_, answer) => {
+                let _ = answer.send(Err(LedgerError::Unavailable("not connected".into())));
+            }
+            Change::Unsubscribe(app, answer) => {
+                self.subscribed.remove(&app);
+                let _ = answer.send(Ok(()));
+            }
+        }
+    }
+
+    /// The ledger's connection, once there is one; `None` when nobody needs it any more.
+    async fn live(&mut self) -> Option<Live> {
+        loop {
+            if let Ok(live) = &*self.link.borrow_and_update() {
+                return Some(live.clone());
+            }
+            tokio::select! {
+                changed = self.link.changed() => changed.ok()?,
+                change = self.changes.recv() => self.put_off(change?),
+                () = self.inlet.feed.closed() => return None,
             }
         }
     }
@@ -124,8 +158,10 @@ impl Subscription {
             to.take(push);
             Ok::<(), redis::aio::SendError>(())
         };
-        let mut connection = self.settings.open(Some(push)).await.map_err(|error| describe(&error))?;
-        let generation = probe(&mut connection).await?;
+        let Some(Live { master, generation, .. }) = self.live().await else { return Ok(()) };
+        let mut connection =
+            self.settings.open(Some(push), master.as_ref()).await.map_err(|error| self.settings.refused(&error))?;
+        self.check(&mut connection, &generation).await?;
         let channels: Vec<String> =
             self.subscribed.iter().map(|app| self.inlet.keys.channel(app, &self.node)).collect();
         for some in channels.chunks(CHANNELS_A_COMMAND) {
@@ -148,8 +184,18 @@ impl Subscription {
             tokio::select! {
                 () = self.inlet.feed.closed() => return Ok(()),
                 () = self.inlet.lost.notified() => {
+                    self.follow_moved(&mut connection).await?;
                     // Told apart from an overflow by asking the server.
                     self.check(&mut connection, &generation).await?;
+                }
+                // The ledger's connection found another master: envelopes are published there.
+                changed = self.link.changed() => {
+                    if changed.is_err() {
+                        return Ok(());
+                    }
+                    if matches!(&*self.link.borrow_and_update(), Ok(live) if live.generation != generation) {
+                        return Err("Redis failed over".into());
+                    }
                 }
                 _ = probe_at.tick() => self.check(&mut connection, &generation).await?,
                 change = self.changes.recv() => match change {
@@ -172,6 +218,18 @@ impl Subscription {
                 }
             }
         }
+    }
+
+    /// Subscribes anew to what the server has ended: the slot's new master publishes it from now on.
+    async fn follow_moved(&self, connection: &mut Connection) -> Result<(), String> {
+        let moved = std::mem::take(&mut *self.inlet.moved.lock().unwrap_or_else(PoisonError::into_inner));
+        for app in moved.intersection(&self.subscribed) {
+            tracing::info!(%app, "the app's slot has moved: subscribing at its new master");
+            let channel = self.inlet.keys.channel(app, &self.node);
+            subscribe(connection, &[channel]).await.map_err(|error| describe(&error))?;
+            self.inlet.missed.store(true, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// Whether the connection still leads to the same master. A killed subscriber connection is reopened by nobody else.

@@ -41,6 +41,12 @@ impl Keys {
         format!("{}{{{app}}}:request:{request_id}", self.prefix)
     }
 
+    /// String, empty: a mark that was used, such as a call's check sum; expires when it could not be used anyway.
+    #[must_use]
+    pub fn used(&self, app: &AppKey, mark: &str) -> String {
+        format!("{}{{{app}}}:used:{mark}", self.prefix)
+    }
+
     /// Sorted set: retained envelopes by id, at most 100.
     #[must_use]
     pub fn retained(&self, app: &AppKey) -> String {

@@ -1,11 +1,12 @@
 //! The Redis ledger: one script a decision, on one hash slot an app, on a single server, behind Sentinel, or in a cluster.
 
-mod answers;
+pub(crate) mod answers;
 mod connect;
 mod feed;
 mod keys;
 mod link;
 mod scripts;
+mod sentinels;
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -18,7 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub use connect::{Mode, RedisSettings};
 
 use self::answers::{arguments, read, read_decision, small, stored};
-use self::connect::{Connection, describe};
+use self::connect::{Connection, describe, probe};
 use self::feed::{Change, Subscription};
 use self::keys::Keys;
 use self::link::{Link, Live};
@@ -41,7 +42,6 @@ pub struct RedisLedger {
     settings: RedisSettings,
     ledger: LedgerSettings,
     keys: Keys,
-    scripts: Scripts,
     link: Link,
     health: watch::Receiver<Result<(), String>>,
     changes: Mutex<Option<mpsc::Sender<Change>>>,
@@ -54,7 +54,6 @@ impl RedisLedger {
         let (health_sender, health) = watch::channel(Err("not connected yet".to_owned()));
         Self {
             keys: Keys::new(&settings.key_prefix),
-            scripts: Scripts::new(settings.test_clock_key.as_deref()),
             link: Link::start(settings.clone(), health_sender),
             settings,
             ledger,
@@ -106,12 +105,13 @@ impl RedisLedger {
     }
 
     async fn accept_batch(&self, batch: &[Submission]) -> Vec<Result<Decision, LedgerError>> {
-        let Live { mut connection, generation } = match self.link.get() {
+        let mut live = match self.link.get() {
             Ok(live) => live,
             Err(error) => return batch.iter().map(|_| Err(error.clone())).collect(),
         };
-        let by_hash = ("EVALSHA", self.scripts.accept.sha.as_str());
-        let answers: Vec<Result<Value, RedisError>> = match &mut connection {
+        let (scripts, generation) = (live.scripts.clone(), live.generation.clone());
+        let by_hash = ("EVALSHA", scripts.accept.sha.as_str());
+        let answers: Vec<Result<Value, RedisError>> = match &mut live.connection {
             Connection::Single(single) => {
                 let mut pipeline = Pipeline::with_capacity(batch.len());
                 pipeline.ignore_errors();
@@ -134,12 +134,20 @@ impl RedisLedger {
         };
         failpoint::reached("ledger::before-answer", "");
         let mut decisions = Vec::with_capacity(batch.len());
+        let mut is_same = None;
         for (submission, answer) in batch.iter().zip(answers) {
             let answer = match answer {
                 // Pipelines do not reload a script that the server has forgotten: send it whole.
                 Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                    self.accept_command(submission, &generation.0, ("EVAL", &self.scripts.accept.text))
-                        .query_async(&mut connection)
+                    if is_same.is_none() {
+                        is_same = Some(self.is_same_life(&mut live).await);
+                    }
+                    if let Some(Err(error)) = &is_same {
+                        decisions.push(Err(error.clone()));
+                        continue;
+                    }
+                    self.accept_command(submission, &generation.0, ("EVAL", &scripts.accept.text))
+                        .query_async(&mut live.connection)
                         .await
                 }
                 answer => answer,
@@ -149,8 +157,31 @@ impl RedisLedger {
         decisions
     }
 
+    /// Whether a server that does not know a script has only forgotten it. A cluster's connection reconnects by itself, so it
+    /// may be one that was restarted, or promoted, and then what is known of the data is no longer true.
+    async fn is_same_life(&self, live: &mut Live) -> Result<(), LedgerError> {
+        match probe(&mut live.connection).await {
+            Ok(generation) if generation == live.scripts.generation => Ok(()),
+            Ok(_) => {
+                self.link.suspect();
+                Err(LedgerError::Unavailable("Redis was restarted, or failed over".into()))
+            }
+            Err(reason) => {
+                self.link.suspect();
+                Err(LedgerError::Unavailable(reason))
+            }
+        }
+    }
+
     /// Runs a script, sending it whole if the server does not know it.
-    async fn run(&self, live: &mut Live, source: &Source, arguments: &Cmd) -> Result<Value, LedgerError> {
+    async fn run(
+        &self,
+        live: &mut Live,
+        which: impl Fn(&Scripts) -> &Source,
+        arguments: &Cmd,
+    ) -> Result<Value, LedgerError> {
+        let scripts = live.scripts.clone();
+        let source = which(&scripts);
         let call = |name: &str, script: &str| {
             let mut command = redis::cmd(name);
             command.arg(script);
@@ -164,6 +195,7 @@ impl RedisLedger {
         let first: Result<Value, RedisError> = call("EVALSHA", &source.sha).query_async(&mut live.connection).await;
         let answer = match first {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                self.is_same_life(live).await?;
                 call("EVAL", &source.text).query_async(&mut live.connection).await
             }
             answer => answer,
@@ -185,12 +217,13 @@ impl RedisLedger {
     async fn history(&self, app: &AppKey, lowest: &str, highest: &str) -> Result<History, LedgerError> {
         let mut live = self.link.get()?;
         let arguments = arguments([self.keys.log(app), self.keys.retained(app)], [lowest, highest]);
-        let value = self.run(&mut live, &self.scripts.history, &arguments).await?;
+        let value = self.run(&mut live, |scripts| &scripts.history, &arguments).await?;
         let (now_ms, log, retained): (u64, Vec<Vec<u8>>, Vec<Vec<u8>>) = read(value)?;
         let mut retained: Vec<_> = stored(app, retained).into_iter().map(|stored| stored.envelope).collect();
-        retained.retain(|envelope| !envelope.expired(now_ms));
+        let is_broadcast = |envelope: &Envelope| matches!(envelope.content, Content::Broadcast { .. });
+        retained.retain(|envelope| is_broadcast(envelope) && !envelope.expired(now_ms));
         let mut log: Vec<_> = stored(app, log).into_iter().map(|stored| stored.envelope).collect();
-        log.retain(|envelope| !matches!(envelope.content, Content::Recall(_)));
+        log.retain(is_broadcast);
         Ok(History { log, retained })
     }
 
@@ -232,7 +265,7 @@ impl Ledger for RedisLedger {
                     &self.log_ms().to_string(),
                 ],
             );
-            let answer: Vec<u64> = read(self.run(&mut live, &self.scripts.recall, &arguments).await?)?;
+            let answer: Vec<u64> = read(self.run(&mut live, |scripts| &scripts.recall, &arguments).await?)?;
             match answer[..] {
                 [0] => Ok(None),
                 [1, recall_id, targeted, reached] => {
@@ -275,6 +308,18 @@ impl Ledger for RedisLedger {
         .boxed()
     }
 
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, time: Duration) -> Answer<'a, bool> {
+        async move {
+            let mut live = self.link.get()?;
+            let mut command = redis::cmd("SET");
+            command.arg(self.keys.used(app, mark)).arg("").arg("NX").arg("PX").arg(time.as_millis().max(1).to_string());
+            let set: Option<String> =
+                command.query_async(&mut live.connection).await.map_err(|error| self.failed(&error))?;
+            Ok(set.is_some())
+        }
+        .boxed()
+    }
+
     fn join<'a>(
         &'a self,
         app: &'a AppKey,
@@ -289,14 +334,15 @@ impl Ledger for RedisLedger {
                 keys,
                 [&node.0, lease.as_millis().to_string().as_str(), &after.to_string(), &JOIN_LOG.to_string()],
             );
-            let value = self.run(&mut live, &self.scripts.join, &arguments).await?;
-            let (now_ms, head, log, retained): (u64, u64, Vec<Vec<u8>>, Vec<Vec<u8>>) = read(value)?;
+            let value = self.run(&mut live, |scripts| &scripts.join, &arguments).await?;
+            let (now_ms, head, log, retained, logged): (u64, u64, Vec<Vec<u8>>, Vec<Vec<u8>>, i64) = read(value)?;
             Ok(Snapshot {
                 now_ms,
                 head,
                 generation: live.generation,
                 log: stored(app, log),
                 retained: stored(app, retained),
+                logged: u64::try_from(logged).ok(),
             })
         }
         .boxed()
@@ -321,7 +367,7 @@ impl Ledger for RedisLedger {
                 async move {
                     let keys = [self.keys.meta(app), self.keys.log(app), self.keys.nodes(app)];
                     let arguments = arguments(keys, [node.0.as_ref(), lease]);
-                    let (now_ms, head) = read(self.run(&mut live, &self.scripts.renew, &arguments).await?)?;
+                    let (now_ms, head) = read(self.run(&mut live, |scripts| &scripts.renew, &arguments).await?)?;
                     Ok(Renewal { now_ms, head, generation: live.generation })
                 }
             }))
@@ -349,22 +395,31 @@ impl Ledger for RedisLedger {
     ) -> Answer<'a, u32> {
         async move {
             let mut live = self.link.get()?;
-            let keys = [self.keys.meta(app), self.keys.log(app), self.keys.retained(app)];
-            let mut arguments = arguments(keys, [head.to_string(), recalled.len().to_string()]);
+            let keys = [self.keys.meta(app), self.keys.log(app), self.keys.retained(app), self.keys.nodes(app)];
+            let mut arguments = arguments(
+                keys,
+                [
+                    &head.to_string(),
+                    self.publish_command(),
+                    &self.keys.channel_prefix(app),
+                    &recalled.len().to_string(),
+                ],
+            );
             recalled.iter().for_each(|id| {
                 arguments.arg(id);
             });
             retained.iter().for_each(|stored| {
                 arguments.arg(&*stored.raw);
             });
-            read(self.run(&mut live, &self.scripts.restore, &arguments).await?)
+            read(self.run(&mut live, |scripts| &scripts.restore, &arguments).await?)
         }
         .boxed()
     }
 
     fn open_feed(&self, node: &NodeName) -> mpsc::Receiver<Feed> {
         let (changes, receiver) = mpsc::channel(CHANGES);
-        let (subscription, feed) = Subscription::new(self.settings.clone(), self.keys.clone(), node.clone(), receiver);
+        let (subscription, feed) =
+            Subscription::new(self.settings.clone(), self.keys.clone(), node.clone(), receiver, self.link.watch());
         tokio::spawn(subscription.run());
         *self.changes.lock().unwrap_or_else(PoisonError::into_inner) = Some(changes);
         feed
@@ -387,5 +442,5 @@ impl Ledger for RedisLedger {
 #[doc(hidden)]
 #[must_use]
 pub fn accept_script() -> String {
-    Scripts::new(None).accept.text
+    Scripts::new(None, &super::Generation("".into())).accept.text
 }

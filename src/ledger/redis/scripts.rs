@@ -2,8 +2,12 @@
 
 use redis::Script;
 
-/// All scripts of the ledger.
+use crate::ledger::Generation;
+
+/// All scripts of the ledger, for one life of the data: a server of another life (restarted, promoted) does not know them, and
+/// so never runs one with a generation that is no longer true, whatever reconnects behind our back.
 pub(super) struct Scripts {
+    pub(super) generation: Generation,
     pub(super) accept: Source,
     pub(super) recall: Source,
     pub(super) join: Source,
@@ -24,7 +28,7 @@ const SLACK: &str = "local SLACK = 0";
 
 impl Scripts {
     /// `test_clock_key`: see [`super::RedisSettings::test_clock_key`].
-    pub(super) fn new(test_clock_key: Option<&str>) -> Self {
+    pub(super) fn new(test_clock_key: Option<&str>, generation: &Generation) -> Self {
         let prelude = match test_clock_key {
             None => PRELUDE.to_owned(),
             // Keys must not expire by the real clock while the test's stands still.
@@ -33,11 +37,12 @@ impl Scripts {
                 .replace(SLACK, "local SLACK = 86400000"),
         };
         let source = |body: &str| {
-            let text = format!("{prelude}\n{body}");
+            let text = format!("{prelude}\n{body}\n-- {}\n", generation.0);
             let sha = Script::new(&text).get_hash().to_owned();
             Source { text, sha }
         };
         Self {
+            generation: generation.clone(),
             accept: source(include_str!("scripts/accept.lua")),
             recall: source(include_str!("scripts/recall.lua")),
             join: source(include_str!("scripts/join.lua")),

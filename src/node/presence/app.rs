@@ -18,6 +18,7 @@ const MAX_HELD: usize = 1024;
 
 /// An app that the node has a lease for, or is about to.
 pub struct App {
+    /// Its key.
     pub key: AppKey,
     /// Tells it from an earlier opening of the same app, whose calls may still be under way.
     pub incarnation: u64,
@@ -41,6 +42,8 @@ pub struct App {
     pub failures: u32,
     /// Since when it has no sessions.
     pub idle_since: Option<Instant>,
+    /// How many entries the log had had when it came to [`App::last`], if the ledger counts them.
+    logged: Option<u64>,
     held: Vec<(Envelope, Arc<[u8]>)>,
     /// How many of those were held when the reading began: they were stored before they were published, so the ledger has
     /// them, or has lost them.
@@ -68,6 +71,7 @@ pub enum Update {
 }
 
 impl App {
+    /// One of which nothing is known yet.
     pub const fn new(key: AppKey, incarnation: u64) -> Self {
         Self {
             key,
@@ -82,6 +86,7 @@ impl App {
             is_corrupt: false,
             failures: 0,
             idle_since: None,
+            logged: None,
             held: Vec::new(),
             held_before: 0,
         }
@@ -108,10 +113,15 @@ impl App {
     pub fn receive(&mut self, envelope: Envelope, raw: Arc<[u8]>, shards: u32, now_ms: u64) -> Change {
         let fit = self.timeline.as_ref().map(|timeline| timeline.fit(envelope.id, envelope.prev));
         match (fit, &mut self.timeline) {
+            // Written back by another node: the ledger has it, and perhaps more.
+            (Some(Fit::Known), Some(timeline)) if timeline.lacks(envelope.id, envelope.expires_ms, now_ms) => {
+                Change::Gap
+            }
             (Some(Fit::Known), _) => Change::None,
             (Some(Fit::Next), Some(timeline)) => {
                 let entry = Arc::new(Entry::new(envelope, &raw, shards));
                 timeline.append(entry.clone(), now_ms);
+                self.logged = self.logged.map(|logged| logged + 1);
                 Change::Appended(entry)
             }
             _ => {
@@ -146,13 +156,22 @@ impl App {
         let is_complete = self.generation.as_ref() == Some(&snapshot.generation);
         let (mut update, mut result) = match &mut self.timeline {
             Some(timeline) => {
+                let last = timeline.last();
                 let mut result = timeline.backfill(log, retained, snapshot.head, is_complete, now_ms);
+                if last < snapshot.head {
+                    if let (Some(before), Some(now)) = (self.logged, snapshot.logged) {
+                        let known = before + explained(&result.added, last);
+                        result.lost = result.lost.max(now.saturating_sub(known));
+                    }
+                    self.logged = snapshot.logged;
+                }
                 let added = std::mem::take(&mut result.added);
                 (if result.replaced { Update::Replace(added) } else { Update::Append(added) }, result)
             }
             none => {
                 *none = Some(Timeline::open(bounds, snapshot.head, log, retained, now_ms));
                 self.generation = Some(snapshot.generation);
+                self.logged = snapshot.logged;
                 (Update::Open, Backfill::default())
             }
         };
@@ -165,6 +184,7 @@ impl App {
             if is_gap && place < certain {
                 // The ledger was read and has not what comes before it: reading once more would not help.
                 result.lost += 1;
+                self.logged = None;
                 let entry = Arc::new(Entry::new(envelope, &raw, shards));
                 if let Some(timeline) = &mut self.timeline {
                     timeline.append(entry.clone(), now_ms);
@@ -194,6 +214,13 @@ impl App {
     }
 }
 
+/// How many entries of the log after `last` these are, or tell that they were deleted.
+fn explained(added: &[Arc<Entry>], last: BroadcastId) -> u64 {
+    let is_gone = |id: BroadcastId| id > last && added.binary_search_by_key(&id, |entry| entry.id).is_err();
+    let deleted = added.iter().filter_map(|entry| entry.recalls).filter(|id| is_gone(*id)).count();
+    (added.len() + deleted) as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,7 +237,7 @@ mod tests {
     fn snapshot(head: u64, log: &[(u64, u64)]) -> Snapshot {
         let log = log.iter().map(|(id, prev)| published(*id, *prev));
         let log = log.map(|(envelope, raw)| Stored { raw, envelope }).collect();
-        Snapshot { now_ms: NOW, head, generation: Generation("1".into()), log, retained: Vec::new() }
+        Snapshot { now_ms: NOW, head, generation: Generation("1".into()), log, retained: Vec::new(), logged: None }
     }
 
     fn receive(app: &mut App, id: u64, prev: u64) -> Change {
@@ -269,6 +296,37 @@ mod tests {
         app.start_reading();
         let (update, result) = app.take(snapshot(21, &[(20, 19), (21, 20)]), BOUNDS, 1);
         assert_eq!((added(&update), result.lost), (vec![13, 20, 21], 2), "before 13, and before 20");
+    }
+
+    #[test]
+    fn what_the_log_has_let_go_is_counted_where_the_ledger_counts() {
+        let mut app = App::new(AppKey::parse("demo").unwrap(), 0);
+        app.start_reading();
+        app.take(Snapshot { logged: Some(7), ..snapshot(10, &[]) }, BOUNDS, 1);
+        assert!(matches!(receive(&mut app, 11, 10), Change::Appended(_)));
+        app.start_reading();
+        // The 9th to the 28th entry were made meanwhile; the log still has the last two of them.
+        let (update, result) =
+            app.take(Snapshot { logged: Some(28), ..snapshot(51, &[(50, 49), (51, 50)]) }, BOUNDS, 1);
+        assert_eq!((added(&update), result.lost), (vec![50, 51], 18));
+        app.start_reading();
+        let (_, result) = app.take(Snapshot { logged: Some(29), ..snapshot(52, &[(52, 51)]) }, BOUNDS, 1);
+        assert_eq!(result.lost, 0, "counted once");
+    }
+
+    #[test]
+    fn what_another_node_wrote_back_is_read_for_once() {
+        let mut app = open();
+        let raw = envelope::broadcast(7, 3, NOW, NOW + 60_000, r#""requestId":"r","body":"b"}"#);
+        let raw: Arc<[u8]> = raw.into_bytes().into();
+        let retained = Stored { envelope: Envelope::read(&raw).unwrap(), raw };
+        let publish = |app: &mut App| app.receive(retained.envelope.clone(), retained.raw.clone(), 1, NOW);
+        assert!(matches!(publish(&mut app), Change::Gap));
+        assert!(matches!(receive(&mut app, 8, 7), Change::None), "one for online devices only is not there to be read");
+        app.start_reading();
+        let (update, result) = app.take(Snapshot { retained: vec![retained.clone()], ..snapshot(10, &[]) }, BOUNDS, 1);
+        assert!(matches!(update, Update::Replace(_)) && result.lost == 0);
+        assert!(matches!(publish(&mut app), Change::None));
     }
 
     #[test]

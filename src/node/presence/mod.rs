@@ -4,7 +4,7 @@
 //! The subscription is only the fast path; the ledger's log is the truth. Whatever may have been missed is found by comparing
 //! positions: a `prev` that is not known, or the head that a lease renewal returns.
 
-mod app;
+pub(crate) mod app;
 mod leases;
 mod operations;
 
@@ -27,8 +27,8 @@ use super::shard::{Message, Sender};
 use super::shared::Shared;
 use super::timeline::Bounds;
 use crate::broadcast::app::AppKey;
-use crate::broadcast::envelope::Envelope;
-use crate::ledger::{Feed, Ledger, LedgerError, NodeName, Snapshot};
+use crate::broadcast::envelope::{Content, Envelope};
+use crate::ledger::{Feed, Ledger, LedgerError, NodeName, Snapshot, Stored};
 
 /// The first and the longest wait before a failed call is repeated; the waits double, with jitter.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -141,6 +141,10 @@ impl Presence {
                 return;
             }
         };
+        if let Content::Newer(version) = envelope.content {
+            self.shared.metrics.envelopes_unreadable.inc();
+            tracing::error!(app = %key, id = envelope.id, version, "an envelope of a newer version is not delivered");
+        }
         match app.receive(envelope, raw, self.shards.len() as u32, self.shared.clock.now_ms()) {
             Change::None => {}
             Change::Appended(entry) => self.append(index, vec![entry]).await,
@@ -232,6 +236,14 @@ impl Presence {
         app.failures = 0;
         app.is_corrupt = false;
         let generation = snapshot.generation.clone();
+        let known = app.last();
+        let is_newer =
+            |stored: &&Stored| stored.envelope.id > known && matches!(stored.envelope.content, Content::Newer(_));
+        let newer = snapshot.log.iter().filter(is_newer).count();
+        if newer > 0 {
+            self.shared.metrics.envelopes_unreadable.inc_by(newer as u64);
+            tracing::error!(app = %app.key, newer, "envelopes of a newer version are not delivered");
+        }
         let (update, result) = app.take(snapshot, bounds, shards);
         if result.lost > 0 {
             self.shared.metrics.lost_envelopes.inc_by(result.lost);

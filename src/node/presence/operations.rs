@@ -108,7 +108,12 @@ impl Caller {
                 caller.ledger.subscribe(&key).await?;
                 failpoint::reached("node::after-subscribe", key.as_str());
                 asked = Instant::now();
-                caller.ledger.join(&key, &caller.node, caller.lease, after).await
+                let snapshot = caller.ledger.join(&key, &caller.node, caller.lease, after).await;
+                // Skip: not yet. Everything else goes on meanwhile.
+                while failpoint::reached("node::after-snapshot", key.as_str()) {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                snapshot
             });
             let result = result.await;
             Outcome::Read { app: index, incarnation, asked, result }

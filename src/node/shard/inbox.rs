@@ -9,6 +9,7 @@ use mio::net::TcpStream;
 use mio::{Registry, Token, Waker};
 use tokio::sync::mpsc;
 
+use crate::node::caps::Permit;
 use crate::node::entry::Entry;
 use crate::node::login::AppIndex;
 use crate::node::timeline::Timeline;
@@ -19,8 +20,8 @@ const CAPACITY: usize = 4096;
 
 /// What a shard is told.
 pub enum Message {
-    /// A connection to take over.
-    Connection(TcpStream),
+    /// A connection to take over, with its place among them all.
+    Connection(TcpStream, Permit),
     /// The app's timeline; replaces an older copy.
     Open {
         /// The app.

@@ -2,7 +2,6 @@
 
 use std::io::{self, Read};
 use std::ops::ControlFlow;
-use std::sync::atomic::Ordering;
 
 use mio::Token;
 
@@ -84,7 +83,6 @@ impl Shard {
         // When its queue is full the client is told to come back.
         let Ok(permit) = http.try_reserve() else { return self.refuse_http(token, Refusal::Busy) };
         let Some(mut session) = self.sessions.try_remove(key(token)) else { return };
-        self.shared.connections.fetch_sub(1, Ordering::AcqRel);
         match self.poll.registry().deregister(&mut session.socket) {
             Ok(()) => permit.send((session.socket.into(), bytes.to_vec())),
             Err(error) => tracing::warn!(%error, "a connection cannot be handed over"),
@@ -136,11 +134,13 @@ impl Shard {
                 return self.fail(token, refused.code, refused.desc, reason);
             }
         };
+        if !self.shared.desk.arrive(login.app) {
+            return self.turn_away(token);
+        }
         let (Some(session), Some(view)) = (self.sessions.get_mut(key(token)), self.views.get_mut(login.app as usize))
         else {
-            return;
+            return self.shared.desk.left(login.app);
         };
-        self.shared.desk.arrived(login.app);
         self.shared.metrics.sessions.inc();
         self.shared.metrics.logins.inc();
         session.state = State::Waiting;
@@ -163,15 +163,12 @@ impl Shard {
             return;
         };
         let resume_ms = self.shared.settings.resume_seconds.saturating_mul(1000);
-        let (reader, pending) = timeline.admit(session.cursor, session.platform, self.shared.clock.now_ms(), resume_ms);
-        session.login_head = reader.login_head;
-        session.resume_from = reader.resume_from;
-        session.state = State::Open;
+        let pending = session.admit(timeline, self.shared.clock.now_ms(), resume_ms);
         // Never 0, which would make it a new device again when it comes back.
-        let head = reader.login_head.max(1);
+        let head = session.login_head.max(1);
         // The name says where the session is: shard, generation and place.
         let name = format!("{number:x}-{:x}", token.0);
-        tracing::debug!(session = %name, since = reader.cursor, head, pending, "logged in");
+        tracing::debug!(session = %name, since = session.cursor, head, pending, "logged in");
         session.push(&codec::text(&format!(
             r#"{{"type":"welcome","session":"{name}","head":{head},"pending":{pending}}}"#
         )));

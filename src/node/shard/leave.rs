@@ -1,7 +1,6 @@
 //! How connections end.
 
 use std::net::Shutdown;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use mio::Token;
@@ -15,6 +14,9 @@ const CLOSING: Duration = Duration::from_secs(2);
 
 /// The longest wait that a device too far behind is asked for, in milliseconds.
 const MOST_AFTER_EVICTION: u64 = 2000;
+
+/// The same for one whose app has as many sessions as it may: others have to leave first.
+const MOST_WHEN_FULL: u64 = 30_000;
 
 /// The reason of a close after which the device connects again, at most `most` milliseconds later. Devices that come back at
 /// one moment would be a storm; each is given its own.
@@ -74,7 +76,6 @@ impl Shard {
         }
         // Closing the descriptor takes it out of the poll as well; a failure here has no consequence.
         let _ = self.poll.registry().deregister(&mut session.socket);
-        self.shared.connections.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Our last bytes are with the kernel: says so to the other side, which then closes.
@@ -88,6 +89,13 @@ impl Shard {
     pub(super) fn evict(&mut self, token: Token) {
         self.shared.metrics.evicted.inc();
         self.finish(token, &codec::close(close::TRY_AGAIN, &reconnect_hint(MOST_AFTER_EVICTION)), "too_far_behind");
+    }
+
+    /// A device of an app that has no place left here.
+    pub(super) fn turn_away(&mut self, token: Token) {
+        let error = r#"{"type":"error","code":503,"desc":"the app has as many sessions here as it may"}"#;
+        let close = codec::close(close::TRY_AGAIN, &reconnect_hint(MOST_WHEN_FULL));
+        self.finish(token, &[codec::text(error), close].concat(), "app_full");
     }
 
     /// Tells a device to connect again, to another node.

@@ -7,14 +7,13 @@ mod inbox;
 mod input;
 mod leave;
 mod members;
-mod session;
-mod sweep;
+pub(crate) mod session;
+pub(crate) mod sweep;
 mod timers;
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use mio::event::Event;
@@ -27,6 +26,7 @@ use self::inbox::Inbox;
 use self::session::{Session, State, Written};
 use self::sweep::View;
 use self::timers::Timers;
+use super::caps::Permit;
 use super::login::AppIndex;
 use super::shared::Shared;
 
@@ -169,7 +169,7 @@ impl Shard {
 
     fn obey(&mut self, message: Message) {
         match message {
-            Message::Connection(socket) => self.connect(socket),
+            Message::Connection(socket, permit) => self.connect(socket, permit),
             Message::Open { app, timeline } => self.open(app, *timeline),
             Message::Append { app, entries } => self.append(app, entries),
             Message::Close { app } => self.close_app(app),
@@ -178,15 +178,14 @@ impl Shard {
     }
 
     /// Takes over a connection that was accepted.
-    fn connect(&mut self, socket: mio::net::TcpStream) {
+    fn connect(&mut self, socket: mio::net::TcpStream, permit: Permit) {
         if self.timers.is_draining() {
-            self.shared.connections.fetch_sub(1, Ordering::AcqRel);
             return;
         }
         self.generation = self.generation.wrapping_add(1) & 0x7fff_ffff;
         let entry = self.sessions.vacant_entry();
         let token = token(entry.key(), self.generation);
-        let session = entry.insert(Session::new(socket, self.generation));
+        let session = entry.insert(Session::new(socket, Some(permit), self.generation));
         if let Err(error) = self.poll.registry().register(&mut session.socket, token, Interest::READABLE) {
             tracing::warn!(shard = self.number, %error, "a connection cannot be watched");
             self.remove(token, "system");
@@ -224,7 +223,7 @@ impl Shard {
         }
         let was_behind = session.is_behind;
         let result = session
-            .write(timeline, self.shared.clock.now_ms(), &mut self.delivered)
+            .write(timeline, || self.shared.clock.now_ms(), &mut self.delivered)
             .and_then(|written| session.watch(self.poll.registry(), token, written == Written::Some).map(|_| written));
         let behind = &self.shared.metrics.sessions_behind;
         match result {

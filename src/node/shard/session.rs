@@ -8,6 +8,7 @@ use mio::{Interest, Registry, Token};
 
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::Platform;
+use crate::node::caps::Permit;
 use crate::node::codec::Decoder;
 use crate::node::entry::Entry;
 use crate::node::login::AppIndex;
@@ -34,25 +35,35 @@ pub enum State {
     Closing,
 }
 
-/// A connection. Small: there may be a million of them, nearly all idle.
-pub struct Session {
-    pub socket: TcpStream,
+/// A connection. Small: there may be a million of them, nearly all idle. `S` is another stream in the simulation only.
+pub struct Session<S = TcpStream> {
+    /// Its stream.
+    pub socket: S,
+    /// Its place among all connections, for as long as it is one; none in the simulation.
+    _permit: Option<Permit>,
     /// Tells it from an earlier connection in the same place.
     pub generation: u32,
     /// Its app, once logged in.
     pub app: AppIndex,
     /// Its place in the app's list of sessions.
     pub place: u32,
+    /// See [`Reader`], as for the next three.
     pub cursor: BroadcastId,
+    /// What came after it is live.
     pub login_head: BroadcastId,
+    /// From where on it resumes.
     pub resume_from: BroadcastId,
-    pub state: State,
+    /// The device's.
     pub platform: Platform,
+    /// Where it is in its life.
+    pub state: State,
     /// Pings since it was last heard from.
     pub pings: u8,
     /// Whether it waits to be writable.
     pub is_behind: bool,
+    /// What is to be sent before anything else.
     pub outgoing: Option<Box<Outgoing>>,
+    /// What has been received and is not complete.
     pub incoming: Option<Box<Incoming>>,
 }
 
@@ -82,10 +93,12 @@ pub enum Written {
     Some,
 }
 
-impl Session {
-    pub const fn new(socket: TcpStream, generation: u32) -> Self {
+impl<S> Session<S> {
+    /// A connection of which nothing has been read.
+    pub const fn new(socket: S, permit: Option<Permit>, generation: u32) -> Self {
         Self {
             socket,
+            _permit: permit,
             generation,
             app: AppIndex::MAX,
             place: 0,
@@ -111,6 +124,15 @@ impl Session {
         }
     }
 
+    /// Begins to be served from `timeline`; returns how many broadcasts come from before now.
+    pub fn admit(&mut self, timeline: &Timeline, now_ms: u64, resume_ms: u64) -> usize {
+        let (reader, pending) = timeline.admit(self.cursor, self.platform, now_ms, resume_ms);
+        self.login_head = reader.login_head;
+        self.resume_from = reader.resume_from;
+        self.state = State::Open;
+        pending
+    }
+
     /// Adds bytes that go out before any further broadcast.
     pub fn push(&mut self, bytes: &[u8]) {
         self.outgoing.get_or_insert_default().then.extend_from_slice(bytes);
@@ -120,13 +142,21 @@ impl Session {
     pub fn has_room(&self) -> bool {
         self.outgoing.as_ref().is_none_or(|outgoing| outgoing.then.len() < MAX_WAITING)
     }
+}
 
+impl<S: Write> Session<S> {
     /// Sends what is waiting and then, if it is open, all of `timeline` after its cursor, until the socket takes no more.
-    /// Counts into `delivered` the broadcasts that went out whole.
+    /// Counts into `delivered` the broadcasts that went out whole. What has expired by `now_ms` is left out, whenever that
+    /// happens; only a frame that was begun is finished.
     ///
     /// # Errors
     /// The connection is gone.
-    pub fn write(&mut self, timeline: Option<&Timeline>, now_ms: u64, delivered: &mut u64) -> io::Result<Written> {
+    pub fn write(
+        &mut self,
+        timeline: Option<&Timeline>,
+        now_ms: impl Fn() -> u64,
+        delivered: &mut u64,
+    ) -> io::Result<Written> {
         let timeline = timeline.filter(|_| self.state == State::Open);
         loop {
             let mut slices = [IoSlice::new(&[]); SLICES];
@@ -144,7 +174,7 @@ impl Session {
             }
             let first = count;
             if let Some(timeline) = timeline {
-                for entry in timeline.after(self.reader(), now_ms).take(SLICES - first) {
+                for entry in timeline.after(self.reader(), now_ms()).take(SLICES - first) {
                     slices[count] = IoSlice::new(&entry.frame);
                     entries[count] = Some(entry);
                     count += 1;
@@ -220,7 +250,9 @@ impl Session {
         }
         part
     }
+}
 
+impl Session {
     /// Watches for the socket to become writable, or no longer; returns whether that changed.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::time::Instant;
 use mio::Token;
 
 use super::members::{Lap, Members};
-use super::session::State;
+use super::session::{Session, State};
 use super::{Shard, key};
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::Platform;
@@ -47,12 +47,14 @@ struct Told {
 }
 
 /// What all sessions of one platform that are at one cursor are to be sent.
-struct Batch {
+pub struct Batch {
     cursor: BroadcastId,
     platform: Platform,
     entries: Vec<Arc<Entry>>,
     /// Their frames in one piece; empty if it is one frame, or too much.
     joined: Vec<u8>,
+    /// When the first of them expires, and all must be put together anew; [`u64::MAX`] if none does.
+    expires_ms: u64,
     sessions: u32,
 }
 
@@ -67,7 +69,8 @@ impl Batch {
         } else {
             Vec::new()
         };
-        Self { cursor, platform, entries, joined, sessions: 0 }
+        let expires_ms = entries.iter().map(|entry| entry.expires_ms).filter(|at| *at != 0).min().unwrap_or(u64::MAX);
+        Self { cursor, platform, entries, joined, expires_ms, sessions: 0 }
     }
 
     /// What is sent in one piece, if anything is.
@@ -85,6 +88,71 @@ impl Batch {
 impl View {
     pub(super) fn told_len(&self) -> usize {
         self.told.len()
+    }
+}
+
+/// What a visit leaves to be done with the session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// It has had everything, or its turn comes when it is writable.
+    Nothing,
+    /// What it has not had is to be written in portions.
+    Flush,
+    /// It is too far behind.
+    Evict,
+    /// The connection is gone.
+    Lost,
+}
+
+/// Sends an open session what it has not had, if that goes out in one piece.
+pub fn offer<S: Write>(
+    session: &mut Session<S>,
+    timeline: &Timeline,
+    batches: &mut Vec<Batch>,
+    now_ms: impl Fn() -> u64,
+    delivered: &mut u64,
+) -> Next {
+    if session.is_behind {
+        // Its turn comes when it is writable; here it is only noticed if that is too late.
+        return if timeline.has_left_behind(session.reader()) { Next::Evict } else { Next::Nothing };
+    }
+    if session.cursor >= timeline.last() {
+        return Next::Nothing;
+    }
+    // A flush either brings it up to date or leaves it behind.
+    debug_assert!(session.outgoing.is_none() && session.cursor >= session.login_head);
+    let (cursor, platform) = (session.cursor, session.platform);
+    // Looked at for each session: a slice may take long, or the whole process be held up in it.
+    let now_ms = now_ms();
+    let fits = |batch: &Batch| batch.cursor == cursor && batch.platform == platform && now_ms < batch.expires_ms;
+    let index = batches.iter().position(fits);
+    let index = index.unwrap_or_else(|| {
+        batches.push(Batch::new(timeline, cursor, platform, now_ms));
+        batches.len() - 1
+    });
+    let batch = &mut batches[index];
+    let Some(bytes) = batch.bytes().filter(|_| !timeline.has_left_behind(session.reader())) else {
+        return Next::Flush;
+    };
+    let sent = if bytes.is_empty() { Ok(0) } else { session.socket.write(bytes) };
+    match sent {
+        Ok(sent) if sent == bytes.len() => {
+            session.cursor = timeline.last();
+            batch.sessions += 1;
+            failpoint::reached("node::mid-sweep", "");
+            Next::Nothing
+        }
+        Ok(mut sent) => {
+            for entry in &batch.entries {
+                if sent == 0 {
+                    break;
+                }
+                sent -= session.sent_of(entry, sent, delivered);
+            }
+            Next::Flush
+        }
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Next::Flush,
+        Err(_) => Next::Lost,
     }
 }
 
@@ -165,11 +233,10 @@ impl Shard {
 
     /// Visits up to [`SLICE`] sessions; returns whether all have been visited.
     fn sweep_slice(&mut self, app: AppIndex) -> bool {
-        let now_ms = self.shared.clock.now_ms();
         let mut batches: Vec<Batch> = Vec::new();
         for _ in 0..SLICE {
             let Some(token) = self.views.get_mut(app as usize).and_then(|view| view.members.visit()) else { break };
-            self.visit(app, token, now_ms, &mut batches);
+            self.visit(app, token, &mut batches);
         }
         for batch in batches {
             for entry in &batch.entries {
@@ -181,7 +248,7 @@ impl Shard {
     }
 
     /// Sends one session what it has not had.
-    fn visit(&mut self, app: AppIndex, token: Token, now_ms: u64, batches: &mut Vec<Batch>) {
+    fn visit(&mut self, app: AppIndex, token: Token, batches: &mut Vec<Batch>) {
         let Some(timeline) = self.views.get(app as usize).and_then(|view| view.timeline.as_ref()) else { return };
         let Some(session) =
             self.sessions.get_mut(key(token)).filter(|session| super::token(key(token), session.generation) == token)
@@ -193,48 +260,11 @@ impl Shard {
             State::Open => {}
             _ => return,
         }
-        if session.is_behind {
-            // Its turn comes when it is writable; here it is only noticed if that is too late.
-            if timeline.has_left_behind(session.reader()) {
-                self.evict(token);
-            }
-            return;
-        }
-        if session.cursor >= timeline.last() {
-            return;
-        }
-        // A flush either brings it up to date or leaves it behind.
-        debug_assert!(session.outgoing.is_none() && session.cursor >= session.login_head);
-        let (cursor, platform) = (session.cursor, session.platform);
-        let index = batches.iter().position(|batch| batch.cursor == cursor && batch.platform == platform);
-        let index = index.unwrap_or_else(|| {
-            batches.push(Batch::new(timeline, cursor, platform, now_ms));
-            batches.len() - 1
-        });
-        let batch = &mut batches[index];
-        let Some(bytes) = batch.bytes().filter(|_| !timeline.has_left_behind(session.reader())) else {
-            return self.flush(token);
-        };
-        let sent = if bytes.is_empty() { Ok(0) } else { session.socket.write(bytes) };
-        match sent {
-            Ok(sent) if sent == bytes.len() => {
-                session.cursor = timeline.last();
-                batch.sessions += 1;
-                failpoint::reached("node::mid-sweep", "");
-            }
-            Ok(mut sent) => {
-                for entry in &batch.entries {
-                    if sent == 0 {
-                        break;
-                    }
-                    sent -= session.sent_of(entry, sent, &mut self.delivered);
-                }
-                self.flush(token);
-            }
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                self.flush(token);
-            }
-            Err(_) => self.remove(token, "connection_lost"),
+        match offer(session, timeline, batches, || self.shared.clock.now_ms(), &mut self.delivered) {
+            Next::Nothing => {}
+            Next::Flush => self.flush(token),
+            Next::Evict => self.evict(token),
+            Next::Lost => self.remove(token, "connection_lost"),
         }
     }
 

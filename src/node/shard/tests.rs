@@ -22,7 +22,8 @@ fn device(shard: &mut Shard) -> (std::net::TcpStream, Token) {
     let theirs = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let ours = listener.accept().unwrap().0;
     ours.set_nonblocking(true).unwrap();
-    shard.obey(Message::Connection(mio::net::TcpStream::from_std(ours)));
+    let permit = shard.shared.caps.admit([127, 0, 0, 1].into()).unwrap();
+    shard.obey(Message::Connection(mio::net::TcpStream::from_std(ours), permit));
     let (place, session) = shard.sessions.iter().last().unwrap();
     (theirs, token(place, session.generation))
 }

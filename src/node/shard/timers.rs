@@ -92,6 +92,10 @@ fn due(queue: &mut VecDeque<(Instant, Token)>, now: Instant) -> Option<Token> {
 impl Shard {
     pub(super) fn run_timers(&mut self, now: Instant) {
         while let Some(token) = due(&mut self.timers.logins, now) {
+            // In a storm a login may be here and not read yet: that is not the device's fault.
+            if self.session(token).is_some_and(|session| matches!(session.state, State::Head | State::Login)) {
+                self.read(token, false);
+            }
             match self.session(token).map(|session| session.state) {
                 Some(State::Head) => self.remove(token, "no_request"),
                 Some(State::Login) => self.fail(token, TIMED_OUT, "no login came in time", "no_login"),

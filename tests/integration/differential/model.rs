@@ -32,6 +32,8 @@ struct State {
 
 #[derive(Default)]
 struct App {
+    /// Marks that were used, each until a time in ms.
+    used: BTreeMap<String, u64>,
     /// Head, generation, the one before.
     meta: Option<(u64, String, String)>,
     /// The second of every broadcast, and the day of the last with how many it had.
@@ -193,6 +195,13 @@ impl State {
         let app = self.app(key);
         let meta = app.meta.get_or_insert((0, String::new(), String::new()));
         meta.0 = meta.0.max(head);
+        // Deleted after what the node knows: not to come back with it.
+        let later =
+            app.log.range(head.saturating_add(1)..).filter_map(|(_, raw)| match Envelope::read(raw).unwrap().content {
+                Content::Recall(target) => Some(target),
+                Content::Broadcast { .. } | Content::Newer(_) => None,
+            });
+        let recalled: Vec<u64> = recalled.iter().copied().chain(later).collect();
         app.retained.retain(|id, _| !recalled.contains(id));
         let mut missing = BTreeSet::new();
         for Stored { raw, envelope } in retained {
@@ -225,7 +234,7 @@ impl State {
             log.drain(..log.len().saturating_sub(1000));
         }
         let retained = app.retained.values().filter(|(until, _)| *until > now_ms).map(|(_, raw)| stored(raw)).collect();
-        Snapshot { now_ms, head, generation, log, retained }
+        Snapshot { now_ms, head, generation, log, retained, logged: None }
     }
 }
 
@@ -237,6 +246,17 @@ impl Ledger for Model {
     fn accept<'a>(&'a self, batch: &'a [Submission]) -> BoxFuture<'a, Vec<Result<Decision, LedgerError>>> {
         let mut state = self.lock();
         ready(batch.iter().map(|submission| Ok(state.accept(submission))).collect())
+    }
+
+    fn first_use<'a>(&'a self, app: &'a AppKey, mark: &'a str, time: Duration) -> Answer<'a, bool> {
+        let mut state = self.lock();
+        let now_ms = state.now_us / 1000;
+        let used = &mut state.app(app).used;
+        let first = used.get(mark).is_none_or(|until| *until <= now_ms);
+        if first {
+            used.insert(mark.to_owned(), now_ms + time.as_millis() as u64);
+        }
+        ready(Ok(first))
     }
 
     fn recall<'a>(&'a self, app: &'a AppKey, id: BroadcastId) -> Answer<'a, Option<Recalled>> {

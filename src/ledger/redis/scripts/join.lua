@@ -3,7 +3,7 @@
 --
 -- KEYS meta, log, retained, nodes
 -- ARGV node, lease ms, after (0: the newest entries only), most entries for that
--- Returns {now ms, head, {log envelope…} oldest first, {retained envelope…} oldest first}
+-- Returns {now ms, head, {log envelope…} oldest first, {retained envelope…} oldest first, entries that the log ever had (-1: not known)}
 
 local now_ms = math.floor(now_us() / 1000)
 local head = parse_meta(redis.call('GET', KEYS[1]), KEYS[2])
@@ -27,7 +27,18 @@ for i = 1, #members do
     retained[#retained + 1] = members[i]
   end
 end
+-- By this the node counts what was let go. pcall: without the permission to ask, it estimates.
+local logged = -1
+local about = redis.pcall('XINFO', 'STREAM', KEYS[2])
+if about.err and string.find(about.err, 'no such key', 1, true) then
+  logged = 0
+end
+for i = 1, #about, 2 do
+  if about[i] == 'entries-added' then
+    logged = about[i + 1]
+  end
+end
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', text(now_ms))
 redis.call('ZADD', KEYS[4], text(now_ms + tonumber(ARGV[2])), ARGV[1])
 redis.call('PEXPIRE', KEYS[4], 2 * tonumber(ARGV[2]) + SLACK)
-return { now_ms, head, log, retained }
+return { now_ms, head, log, retained, logged }
