@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use broadcastd::app::{self, Role};
-use broadcastd::command::{demo, health, listen, redrive, send, token};
+use broadcastd::command::{bench, demo, health, listen, redrive, send, token};
 use broadcastd::settings::{self, Settings, SettingsError, Sources};
 use broadcastd::telemetry;
 use clap::{Args, Parser, Subcommand};
@@ -75,6 +75,11 @@ enum Command {
     Listen(listen::ListenArgs),
     /// Mint a token for a device
     Token(token::TokenArgs),
+    /// Open many devices against a server, send, and see how long everyone took to have it
+    Bench(bench::BenchArgs),
+    /// The devices of `bench`, told what to do on standard input
+    #[command(hide = true)]
+    Fleet,
     /// Ask a running process whether it is ready
     Health(health::HealthArgs),
     /// Try dead letters again
@@ -110,6 +115,12 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Send(args) => send::run(args).await,
         Command::Listen(args) => listen::run(args).await,
         Command::Token(args) => token::run(args).await,
+        Command::Bench(args) => bench::run(args).await,
+        Command::Fleet => {
+            app::raise_descriptor_limit();
+            tokio::task::spawn_blocking(bench::fleet::run).await.context("the fleet failed")??;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Health(args) => health::run(args).await,
         Command::Redrive(args) => redrive::run(args, Settings::load(&cli.sources.into_sources(None))?.amqp).await,
         Command::Config { command: ConfigCommand::Check } => {

@@ -2,8 +2,8 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Counter, Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 /// Seconds, from 100 µs to 60 s.
@@ -18,6 +18,7 @@ macro_rules! metrics {
         #[derive(Debug, Clone)]
         pub struct Metrics {
             registry: Registry,
+            process: Process,
             $( #[doc = $help] pub $field: $kind, )+
         }
 
@@ -31,9 +32,10 @@ macro_rules! metrics {
             /// If two had one name: a mistake in this file.
             pub fn new() -> Result<Self, prometheus::Error> {
                 let registry = Registry::new();
+                let process = Process::new(&registry)?;
                 $( let $field = metrics!(@make $kind, $name, $help $(, [$($label),+])?)?;
                    register(&registry, &$field)?; )+
-                Ok(Self { registry, $($field),+ })
+                Ok(Self { registry, process, $($field),+ })
             }
         }
     };
@@ -135,12 +137,48 @@ fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: &C) 
     registry.register(Box::new(collector.clone()))
 }
 
+/// What every Prometheus client exports, under the usual names. The library's own collector counts whole seconds only.
+#[derive(Debug, Clone)]
+struct Process {
+    cpu: Counter,
+    memory: IntGauge,
+    descriptors: IntGauge,
+}
+
+impl Process {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let cpu = Counter::new("process_cpu_seconds_total", "CPU time used, user and system, seconds.")?;
+        let memory = IntGauge::new("process_resident_memory_bytes", "Resident memory, bytes.")?;
+        let descriptors = IntGauge::new("process_open_fds", "Open file descriptors.")?;
+        register(registry, &cpu)?;
+        register(registry, &memory)?;
+        register(registry, &descriptors)?;
+        Ok(Self { cpu, memory, descriptors })
+    }
+
+    fn look(&self) {
+        let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        #[allow(clippy::cast_precision_loss, reason = "seconds of CPU time")]
+        let seconds = used.tv_sec as f64 + used.tv_nsec as f64 / 1e9;
+        self.cpu.reset();
+        self.cpu.inc_by(seconds);
+        // The second number is resident pages; elsewhere than on Linux there is no such file, and both stay 0.
+        let pages = std::fs::read_to_string("/proc/self/statm")
+            .ok()
+            .and_then(|text| text.split(' ').nth(1)?.parse::<i64>().ok());
+        let page = i64::try_from(rustix::param::page_size()).unwrap_or(4096);
+        self.memory.set(pages.unwrap_or(0) * page);
+        self.descriptors.set(std::fs::read_dir("/proc/self/fd").map_or(0, |files| files.count() as i64));
+    }
+}
+
 impl Metrics {
     /// The text format that Prometheus reads.
     ///
     /// # Errors
     /// If a metric cannot be written: never seen.
     pub fn text(&self) -> Result<String, prometheus::Error> {
+        self.process.look();
         let mut buffer = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut buffer)?;
         String::from_utf8(buffer).map_err(|error| prometheus::Error::Msg(error.to_string()))
@@ -157,6 +195,8 @@ mod tests {
         metrics.build_info.with_label_values(&["0", "test"]).set(1);
         let text = metrics.text().unwrap();
         assert!(text.contains("broadcastd_build_info{"));
+        let cpu = text.lines().find_map(|line| line.strip_prefix("process_cpu_seconds_total ")).unwrap();
+        assert!(cpu.parse::<f64>().unwrap() > 0.0);
         assert!(text.contains("# HELP broadcastd_accepted_total Requests that became a broadcast."));
         for (name, help) in CATALOGUE {
             assert!(name.starts_with("broadcastd_") && help.trim().ends_with('.'), "{name}");

@@ -24,23 +24,7 @@ struct Case {
 pub async fn run() {
     let redis = Redis::dedicated(&[]);
     let prefix = Redis::prefix();
-    let settings = RedisSettings {
-        url: redis.url().into(),
-        url_file: String::new(),
-        mode: Mode::Single,
-        sentinel_service: String::new(),
-        sentinel_username: String::new(),
-        sentinel_password: String::new().into(),
-        sentinel_password_file: String::new(),
-        key_prefix: prefix.clone(),
-        ca_file: String::new(),
-        client_certificate_file: String::new(),
-        client_key_file: String::new(),
-        connect_timeout_ms: 2000,
-        response_timeout_ms: 5000,
-        test_clock_key: None,
-    };
-    let ledger = RedisLedger::start(settings, LedgerSettings { log_length: 1000, log_hours: 168 });
+    let ledger = ledger(&redis.url(), &prefix);
     ledger.health().wait_for(Result::is_ok).await.unwrap();
     let case = |name, apps, nodes, retained| Case { name, apps, nodes, retained, times: Vec::new() };
     let mut cases = [
@@ -89,6 +73,27 @@ pub async fn run() {
         );
     }
     println!();
+}
+
+/// A ledger on this server.
+pub fn ledger(url: &str, prefix: &str) -> RedisLedger {
+    let settings = RedisSettings {
+        url: url.to_owned().into(),
+        url_file: String::new(),
+        mode: Mode::Single,
+        sentinel_service: String::new(),
+        sentinel_username: String::new(),
+        sentinel_password: String::new().into(),
+        sentinel_password_file: String::new(),
+        key_prefix: prefix.to_owned(),
+        ca_file: String::new(),
+        client_certificate_file: String::new(),
+        client_key_file: String::new(),
+        connect_timeout_ms: 2000,
+        response_timeout_ms: 5000,
+        test_clock_key: None,
+    };
+    RedisLedger::start(settings, LedgerSettings { log_length: 1000, log_hours: 168 })
 }
 
 fn submission(app: String, number: u64, retained: bool) -> Submission {

@@ -1,4 +1,4 @@
-//! The benchmark: `./tests/run bench` (all of it), or `./tests/run bench worker|latency|growth`.
+//! The benchmark: `./tests/run bench` (all of it), or `./tests/run bench worker|latency|growth|scale|node`.
 //!
 //! It starts RabbitMQ and Redis of its own and runs the release binary's roles as processes. Figures are compared within one
 //! run, side by side with the floor, because the speed of a shared machine drifts.
@@ -10,6 +10,8 @@ mod floor;
 mod growth;
 mod latency;
 mod machine;
+mod node;
+mod scale;
 #[path = "../../tests/support/mod.rs"]
 #[allow(clippy::missing_panics_doc, reason = "shared with the tests")]
 mod support;
@@ -20,6 +22,9 @@ fn main() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     match arguments.first().map(String::as_str) {
         Some("floor") => runtime.block_on(floor::run(&arguments[1..])),
+        Some("floor-node") => node::floor::run(&arguments[1..]),
+        Some("node") => node::run(&runtime, &arguments[1..]),
+        Some("scale") => scale::run(&runtime),
         Some("worker") => runtime.block_on(async {
             machine::describe();
             drain::run().await
@@ -32,14 +37,18 @@ fn main() {
             machine::describe();
             growth::run().await
         }),
-        None => runtime.block_on(async {
-            machine::describe();
-            drain::run().await;
-            latency::run().await;
-            growth::run().await;
-        }),
+        None => {
+            runtime.block_on(async {
+                machine::describe();
+                drain::run().await;
+                latency::run().await;
+                growth::run().await;
+            });
+            scale::run(&runtime);
+            node::run(&runtime, &[]);
+        }
         Some(other) => {
-            eprintln!("unknown benchmark {other:?}: worker, latency, growth, or nothing for all");
+            eprintln!("unknown benchmark {other:?}: worker, latency, growth, scale, node, or nothing for all");
             std::process::exit(2);
         }
     }

@@ -33,7 +33,7 @@ impl Caller {
         tokio::task::spawn_blocking(move || caller.call_blocking(path, &parameters)).await.context("the call failed")?
     }
 
-    fn call_blocking(&self, path: &str, parameters: &[(&str, String)]) -> anyhow::Result<Value> {
+    pub(super) fn call_blocking(&self, path: &str, parameters: &[(&str, String)]) -> anyhow::Result<Value> {
         let url = format!("{}{path}", self.url.trim_end_matches('/'));
         let nonce = Uuid::new_v4().simple().to_string();
         let cur_time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();

@@ -2,6 +2,7 @@
 //!
 //! They are clients like any other, and speak to the server over HTTP and WebSocket; only redrive speaks to the broker.
 
+pub mod bench;
 pub mod call;
 pub mod demo;
 pub mod device;

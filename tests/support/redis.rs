@@ -90,6 +90,11 @@ impl Redis {
         self.port
     }
 
+    /// Its process id, while it runs.
+    pub fn pid(&self) -> u32 {
+        self.process.as_ref().expect("it runs").pid()
+    }
+
     /// Where its files are.
     pub fn folder(&self) -> &std::path::Path {
         &self.folder
