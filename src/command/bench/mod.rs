@@ -225,7 +225,7 @@ impl Figures {
         Ok(())
     }
 
-    /// Medians of the rounds; of [`Figures::percentile`] the values over all devices and rounds. Nanoseconds.
+    /// CPU per delivery, the median of the rounds, nanoseconds; `None` where the server's CPU could not be read.
     #[must_use]
     pub fn median_cpu(&self) -> Option<u64> {
         median(&self.cpu)
