@@ -38,33 +38,26 @@ pub(super) fn sort(worker: &Worker, deliveries: impl Iterator<Item = Delivery>) 
     (rejected, submissions)
 }
 
-/// Has the ledger decide a batch and does all that must happen before it is acknowledged.
-pub(super) async fn decide_and_finish(
-    worker: &Worker,
-    outbox: &Outbox,
-    shutdown: &CancellationToken,
-    batch: Open,
-) -> Result<Vec<Settle>, SessionError> {
+/// Has the ledger decide a batch. `None`: the worker is to stop and the ledger still does not answer; closing the connection
+/// gives the batch back to the queue.
+pub(super) async fn decide(worker: &Worker, shutdown: &CancellationToken, batch: Open) -> Option<Decided> {
     let (items, submissions): (Vec<Item>, Vec<Submission>) = batch.into_iter().unzip();
     for submission in &submissions {
         failpoint::reached("worker::before-ledger", submission.request.id.as_str());
     }
-    let Some(verdicts) = decide(worker, shutdown, &submissions).await else {
-        // Unsettled: closing the connection gives them back to the queue.
-        return Ok(Vec::new());
-    };
+    let verdicts = ask(worker, shutdown, &submissions).await?;
     let decided = items.into_iter().zip(submissions).zip(verdicts).map(|((mut item, submission), verdict)| {
         item.request = Some(submission.request);
         (item, verdict)
     });
-    finish(worker, outbox, shutdown, decided.collect()).await
+    Some(decided.collect())
 }
 
-/// Has the ledger decide, however long it takes: while it does not answer, the deliveries are held, unacknowledged and
+/// Asks the ledger, however long it takes: while it does not answer, the deliveries are held, unacknowledged and
 /// bounded by the prefetch. Handing them back would only burn their delivery limit.
 ///
 /// `None`: the worker is to stop and the ledger still does not answer.
-async fn decide(worker: &Worker, shutdown: &CancellationToken, submissions: &[Submission]) -> Option<Vec<Verdict>> {
+async fn ask(worker: &Worker, shutdown: &CancellationToken, submissions: &[Submission]) -> Option<Vec<Verdict>> {
     let mut verdicts: Vec<Option<Verdict>> = vec![None; submissions.len()];
     let mut open: Vec<usize> = (0..submissions.len()).collect();
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));

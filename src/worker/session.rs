@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::acks::AckWindow;
 use super::intake::Item;
 use super::outbox::Outbox;
-use super::process::{self, Settle};
+use super::process::{self, Decided, Settle};
 use super::suspects::{self, Suspects};
 use super::{SessionError, Worker, topology};
 use crate::amqp::connect;
@@ -29,10 +29,25 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// So many may be acknowledged past one that waits; beyond it suspects are no longer made to wait for what is fresh.
 const MOST_OUT_OF_ORDER: usize = 100_000;
 
+/// With so many batches at the ledger another one that is not full waits for more: it would only be another round trip.
+const ENOUGH_AT_LEDGER: usize = 2;
+
 /// A batch on its way; `alone`: it is a single suspect.
 enum Done {
-    Decided { settled: Result<Vec<Settle>, SessionError>, alone: bool },
-    Acknowledged { result: Result<(), SessionError>, alone: bool },
+    /// The ledger has decided it; `None`: the worker is to stop, and it does not answer.
+    Answered {
+        decided: Option<Decided>,
+        alone: bool,
+    },
+    /// It may be settled.
+    Finished {
+        settled: Result<Vec<Settle>, SessionError>,
+        alone: bool,
+    },
+    Acknowledged {
+        result: Result<(), SessionError>,
+        alone: bool,
+    },
 }
 
 /// How long it may take from connecting to consuming. A broker that is booting answers some calls and leaves others hanging.
@@ -101,6 +116,7 @@ async fn consume(
     let mut suspects: Suspects<Delivery> = Suspects::default();
     let mut random = fastrand::Rng::new();
     let mut suspect_under_way = false;
+    let mut at_ledger = 0;
     // Nothing has arrived between the last two looks, or since.
     let mut quiet = false;
     let mut arrived = false;
@@ -112,7 +128,14 @@ async fn consume(
         let mut arrivals = Vec::new();
         tokio::select! {
             Some(done) = work.next() => match done {
-                Done::Decided { settled, alone } => {
+                Done::Answered { decided, alone } => {
+                    at_ledger -= 1;
+                    if let Some(decided) = decided {
+                        let finished = move |settled| Done::Finished { settled, alone };
+                        work.push(process::finish(worker, outbox, shutdown, decided).map(finished).boxed());
+                    }
+                }
+                Done::Finished { settled, alone } => {
                     let late = settle(channel, &mut window, settled?).await?;
                     if alone || !late.is_empty() {
                         work.push(acknowledged(worker, channel, outbox, late, alone).boxed());
@@ -124,15 +147,7 @@ async fn consume(
                 }
             },
             // Without room the stream is left alone: waking up for each delivery would cost more than deciding it.
-            delivery = next(&mut consumer), if consuming && waiting.is_empty() && room => {
-                arrivals.push(delivery?);
-                // What has arrived meanwhile shares the round trip; nothing waits for a batch to fill.
-                while arrivals.len() < worker.settings.batch
-                    && let Some(delivery) = next(&mut consumer).now_or_never()
-                {
-                    arrivals.push(delivery?);
-                }
-            },
+            delivery = next(&mut consumer), if consuming && waiting.is_empty() && room => arrivals.push(delivery?),
             _ = look.tick() => {
                 look_around(worker, channel, outbox, health)?;
                 // Its end is how a cancelled consumer shows, and who has lost its deliveries must not go on deciding them:
@@ -153,6 +168,14 @@ async fn consume(
                 tracing::info!(batches = work.len(), "no longer consuming; settling what is held");
             },
         }
+        // What has arrived meanwhile shares the round trip.
+        while consuming
+            && room
+            && waiting.len() + arrivals.len() < worker.settings.batch
+            && let Some(delivery) = next(&mut consumer).now_or_never()
+        {
+            arrivals.push(delivery?);
+        }
         arrived |= !arrivals.is_empty();
         quiet &= arrivals.is_empty();
         for delivery in arrivals {
@@ -164,9 +187,12 @@ async fn consume(
             }
         }
         // Bounded: a batch under way, or its late replies, each take one of the places.
-        while !waiting.is_empty() && work.len() < worker.settings.batches_in_flight {
+        while work.len() < worker.settings.batches_in_flight
+            && !waiting.is_empty()
+            && (waiting.len() >= worker.settings.batch || at_ledger < ENOUGH_AT_LEDGER)
+        {
             let count = waiting.len().min(worker.settings.batch);
-            begin(worker, outbox, shutdown, &work, waiting.drain(..count), false);
+            at_ledger += begin(worker, outbox, shutdown, &work, waiting.drain(..count), false);
         }
         let is_turn = suspect_is_due || (quiet && work.is_empty());
         if consuming
@@ -175,13 +201,13 @@ async fn consume(
             && let Some(suspect) = suspects.take(&mut random)
         {
             suspect_under_way = true;
-            begin(worker, outbox, shutdown, &work, std::iter::once(suspect), true);
+            at_ledger += begin(worker, outbox, shutdown, &work, std::iter::once(suspect), true);
         }
     }
     Ok(())
 }
 
-/// Starts on a batch. `alone`: it is a single suspect.
+/// Starts on a batch; returns how many go to the ledger: one, or none. `alone`: it is a single suspect.
 fn begin<'a>(
     worker: &'a Worker,
     outbox: &'a Outbox,
@@ -189,7 +215,7 @@ fn begin<'a>(
     work: &FuturesUnordered<BoxFuture<'a, Done>>,
     deliveries: impl ExactSizeIterator<Item = Delivery>,
     alone: bool,
-) {
+) -> usize {
     worker.metrics.consumed.inc_by(deliveries.len() as u64);
     let (rejected, submissions) = process::sort(worker, deliveries);
     if alone {
@@ -197,13 +223,16 @@ fn begin<'a>(
         // The last of these lines before a crash names the culprit.
         tracing::warn!(request_id, "a request that was delivered again and again is tried alone");
     }
-    let done = move |settled| Done::Decided { settled, alone };
     if !rejected.is_empty() {
-        work.push(process::finish(worker, outbox, shutdown, rejected).map(done).boxed());
+        let finished = move |settled| Done::Finished { settled, alone };
+        work.push(process::finish(worker, outbox, shutdown, rejected).map(finished).boxed());
     }
-    if !submissions.is_empty() {
-        work.push(process::decide_and_finish(worker, outbox, shutdown, submissions).map(done).boxed());
+    if submissions.is_empty() {
+        return 0;
     }
+    let answered = move |decided| Done::Answered { decided, alone };
+    work.push(process::decide(worker, shutdown, submissions).map(answered).boxed());
+    1
 }
 
 /// What no call would tell: a connection that died while nothing was done on it, a broker that takes no replies, and a ledger

@@ -122,12 +122,13 @@ pub fn offer<S: Write>(
     // A flush either brings it up to date or leaves it behind.
     debug_assert!(session.outgoing.is_none() && session.cursor >= session.login_head);
     let (cursor, platform) = (session.cursor, session.platform);
-    // Looked at for each session: a slice may take long, or the whole process be held up in it.
-    let now_ms = now_ms();
-    let fits = |batch: &Batch| batch.cursor == cursor && batch.platform == platform && now_ms < batch.expires_ms;
+    // The clock is looked at for each session where anything expires at all: a slice may take long, or the whole process be
+    // held up in it.
+    let is_valid = |batch: &Batch| batch.expires_ms == u64::MAX || now_ms() < batch.expires_ms;
+    let fits = |batch: &Batch| batch.cursor == cursor && batch.platform == platform && is_valid(batch);
     let index = batches.iter().position(fits);
     let index = index.unwrap_or_else(|| {
-        batches.push(Batch::new(timeline, cursor, platform, now_ms));
+        batches.push(Batch::new(timeline, cursor, platform, now_ms()));
         batches.len() - 1
     });
     let batch = &mut batches[index];
