@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use socket2::SockRef;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -23,7 +22,7 @@ use crate::ledger::Ledger;
 use crate::ledger::embedded::{EmbeddedLedger, system_clock};
 use crate::ledger::redis::RedisLedger;
 use crate::metrics::Metrics;
-use crate::node::{Node, NodeSettings};
+use crate::node::{self, Node, NodeSettings};
 use crate::settings::{DrainSettings, Settings, SettingsError};
 use crate::worker::Worker;
 
@@ -201,12 +200,12 @@ fn start_node(
     metrics: &Metrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Running> {
-    let listener = bind(settings.listen.public, "listen.public")?;
+    let listeners = bind_node(&settings)?;
     let ledger: Arc<dyn Ledger> = Arc::new(RedisLedger::start(settings.redis, settings.ledger));
     let redis = ledger.health();
     // Never cancelled by the drain: the node ends its sessions by itself.
     let abort = CancellationToken::new();
-    let node = Node::start(bound_sessions(settings.node), directory, ledger, metrics.clone(), listener, None, &abort)?;
+    let node = Node::start(bound_sessions(settings.node), directory, ledger, metrics.clone(), listeners, None, &abort)?;
     let dependencies = vec![("redis", redis), ("node", node.ready())];
     let public = Some(node.local_addr());
     let end = drain_node(node, metrics.clone(), settings.drain, stop.clone()).boxed();
@@ -220,7 +219,7 @@ fn start_standalone(
     metrics: &Metrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Running> {
-    let listener = bind(settings.listen.public, "listen.public")?;
+    let listeners = bind_node(&settings)?;
     let (hand_off, handed_over) = mpsc::channel(HAND_OFF_CAPACITY);
     let health = ledger.health();
     let abort = CancellationToken::new();
@@ -229,7 +228,7 @@ fn start_standalone(
         &directory,
         ledger.clone(),
         metrics.clone(),
-        listener,
+        listeners,
         Some(hand_off),
         &abort,
     )?;
@@ -268,7 +267,8 @@ fn survive_the_file_size_limit() -> anyhow::Result<()> {
     let _ = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?;
     Ok(())
 }
-/// How many connections may wait to be accepted; the system caps it (`net.core.somaxconn`, usually 4096).
+/// How many connections may wait to be accepted: with the usual 128, all others of a storm would be left to their system's retries,
+/// seconds apart. The system caps it (`net.core.somaxconn`, usually 4096).
 const BACKLOG: i32 = 65_535;
 
 /// Descriptors that are not for devices: listeners, Redis, files, HTTP.
@@ -299,13 +299,16 @@ fn bound_sessions(mut settings: NodeSettings) -> NodeSettings {
 
 /// Binds, so that a port in use is one clear sentence.
 fn bind(address: SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {
-    let listener = TcpListener::bind(address).map_err(|error| {
+    bind_all(address, setting, 1)?.pop().context("no listener")
+}
+
+/// A listener for each shard.
+fn bind_node(settings: &Settings) -> anyhow::Result<Vec<TcpListener>> {
+    bind_all(settings.listen.public, "listen.public", settings.node.shard_count())
+}
+
+fn bind_all(address: SocketAddr, setting: &str, count: usize) -> anyhow::Result<Vec<TcpListener>> {
+    node::listen(address, count, BACKLOG).map_err(|error| {
         anyhow!("cannot listen on {address}: {error}; free the port or choose another with --set {setting}=HOST:PORT")
-    })?;
-    // The standard library asks for 128: of a storm all but those would be left to their system's retries, seconds apart.
-    if let Err(error) = SockRef::from(&listener).listen(BACKLOG) {
-        tracing::warn!(%error, "the listen queue stays short");
-    }
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    })
 }

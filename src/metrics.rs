@@ -122,6 +122,8 @@ metrics! {
     sessions_behind: IntGauge = "broadcastd_sessions_behind";
     /// Sessions closed because they were further behind than the recent window; they resume by cursor.
     evicted: IntCounter = "broadcastd_sessions_evicted_total";
+    /// Devices that came back soon, but after more had been broadcast than the recent window holds: some of it they never get.
+    resumes_short: IntCounter = "broadcastd_resumes_short_total";
     /// Seconds from acceptance (the ledger's clock) until the last writable socket had it (the node's clock).
     delivery_seconds: Histogram = "broadcastd_delivery_seconds";
     /// Seconds that one sweep over the sessions of an app took.

@@ -1,20 +1,18 @@
-//! The door: takes connections from the one listener and deals them to the shards.
+//! A shard's door: takes connections from its own listener, no more of them than the allowance.
+//!
+//! Each shard has a listener on the node's one address, among which the kernel deals the connections: nothing is handed from
+//! thread to thread on the way to a login.
 
 use std::io::{self, Write};
-use std::net::{IpAddr, TcpListener};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
-use mio::{Events, Interest, Poll, Token, Waker};
-use socket2::SockRef;
+use mio::{Interest, Registry, Token};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::shard::{Message, Sender};
+use super::caps::Permit;
 use super::shared::Shared;
-
-const LISTENER: Token = Token(0);
-const WAKE: Token = Token(1);
 
 /// How long to wait when the system has no descriptor or no memory for another connection.
 const EXHAUSTED: Duration = Duration::from_millis(100);
@@ -22,31 +20,37 @@ const EXHAUSTED: Duration = Duration::from_millis(100);
 /// The allowance for accepting is that of so much time at once.
 const BURST: Duration = Duration::from_millis(20);
 
-/// Accepts until it is closed.
+/// Listens on `address` with so many listeners, each with a queue of `backlog` connections that wait to be accepted.
+///
+/// # Errors
+/// If the system refuses; a port that anybody else listens on is in use.
+pub fn listen(address: SocketAddr, count: usize, backlog: i32) -> io::Result<Vec<TcpListener>> {
+    let mut listeners: Vec<Socket> = Vec::new();
+    let mut address = address;
+    for number in 0..count.max(1) {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        // The first one binds alone, so that a second process on the same port is refused instead of sharing it.
+        socket.set_reuse_port(number > 0)?;
+        socket.bind(&address.into())?;
+        socket.set_reuse_port(count > 1)?;
+        socket.set_nonblocking(true)?;
+        // Port 0 is one of the system's choice, for all of them the same.
+        address = socket.local_addr()?.as_socket().unwrap_or(address);
+        listeners.push(socket);
+    }
+    for socket in &listeners {
+        socket.listen(backlog)?;
+    }
+    Ok(listeners.into_iter().map(TcpListener::from).collect())
+}
+
+/// A door. It remembers that there may be more to accept, since its listener says so once.
 pub struct Door {
     listener: mio::net::TcpListener,
-    poll: Poll,
-    shards: Vec<Sender>,
-    next: usize,
-    shared: Arc<Shared>,
-    closed: Arc<AtomicBool>,
-}
-
-/// Closes the door from elsewhere.
-#[derive(Clone)]
-pub struct DoorHandle {
-    closed: Arc<AtomicBool>,
-    waker: Arc<Waker>,
-}
-
-impl DoorHandle {
-    /// No further connection is accepted; the listener closes.
-    pub fn close(&self) {
-        self.closed.store(true, Ordering::Release);
-        if let Err(error) = self.waker.wake() {
-            tracing::error!(%error, "the door cannot be woken");
-        }
-    }
+    allowance: Allowance,
+    /// From when on there may be a connection to accept.
+    ready: Option<Instant>,
 }
 
 /// How many connections may be accepted now; refills with time.
@@ -79,92 +83,87 @@ impl Allowance {
 }
 
 impl Door {
-    /// Takes the listener over.
+    /// Watches the listener as `token`. `per_second`: the most connections that are accepted.
     ///
     /// # Errors
     /// If the system refuses.
-    pub fn new(listener: TcpListener, shards: Vec<Sender>, shared: Arc<Shared>) -> io::Result<(Self, DoorHandle)> {
+    pub fn new(listener: TcpListener, per_second: u32, registry: &Registry, token: Token) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let mut listener = mio::net::TcpListener::from_std(listener);
-        let poll = Poll::new()?;
-        poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
-        let closed = Arc::new(AtomicBool::new(false));
-        let handle = DoorHandle { closed: closed.clone(), waker: Arc::new(Waker::new(poll.registry(), WAKE)?) };
-        Ok((Self { listener, poll, shards, next: 0, shared, closed }, handle))
+        registry.register(&mut listener, token, Interest::READABLE)?;
+        Ok(Self { listener, allowance: Allowance::new(per_second, Instant::now()), ready: None })
     }
 
-    /// Accepts until the door is closed or the node stops.
-    pub fn run(mut self) {
-        let mut events = Events::with_capacity(8);
-        let mut allowance = Allowance::new(self.shared.settings.accept_per_second, Instant::now());
-        // When there may be more to accept, after how long to go on.
-        let mut again: Option<Duration> = None;
-        loop {
-            if let Err(error) = self.poll.poll(&mut events, again)
-                && error.kind() != io::ErrorKind::Interrupted
-            {
-                tracing::error!(%error, "the door's poll fails");
-                std::thread::sleep(EXHAUSTED);
-            }
-            if self.closed.load(Ordering::Acquire) || self.shared.stopping() {
-                return;
-            }
-            again = self.accept_some(&mut allowance);
+    /// The listener has said that somebody is there.
+    pub fn knock(&mut self) {
+        self.ready.get_or_insert_with(Instant::now);
+    }
+
+    /// How long there is nothing to accept, `None` if nobody is known to be there.
+    pub fn wait(&self, now: Instant) -> Option<Duration> {
+        self.ready.map(|at| at.saturating_duration_since(now))
+    }
+
+    /// The next connection that may be accepted now, with its place among all.
+    pub fn accept(&mut self, shared: &Shared) -> Option<(TcpStream, Permit)> {
+        let mut now = Instant::now();
+        if self.ready? > now {
+            return None;
         }
-    }
-
-    /// Accepts what the allowance permits; returns how long to wait if there may be more.
-    fn accept_some(&mut self, allowance: &mut Allowance) -> Option<Duration> {
         loop {
-            if self.closed.load(Ordering::Acquire) {
-                return Some(Duration::ZERO);
-            }
-            if let Err(wait) = allowance.take(Instant::now()) {
+            if let Err(wait) = self.allowance.take(now) {
                 // The rest waits in the listen queue: late is better than a node that collapses.
-                return Some(wait.max(Duration::from_millis(1)));
+                self.ready = Some(now + wait.max(Duration::from_millis(1)));
+                return None;
             }
             match self.listener.accept() {
-                Ok((socket, peer)) => self.deal(socket, peer.ip()),
+                Ok((socket, peer)) => {
+                    if let Some(accepted) = admit(shared, socket, peer) {
+                        return Some(accepted);
+                    }
+                }
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => return None,
+                    io::ErrorKind::WouldBlock => {
+                        self.ready = None;
+                        return None;
+                    }
                     io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
                     _ => {
-                        self.shared.metrics.connections_refused.with_label_values(&["system"]).inc();
+                        shared.metrics.connections_refused.with_label_values(&["system"]).inc();
                         tracing::error!(%error, "no connection can be accepted");
-                        return Some(EXHAUSTED);
+                        self.ready = Some(now + EXHAUSTED);
+                        return None;
                     }
                 },
             }
+            now = Instant::now();
         }
     }
+}
 
-    fn deal(&mut self, mut socket: TcpStream, peer: IpAddr) {
-        self.shared.metrics.connections.inc();
-        let permit = match self.shared.caps.admit(peer) {
-            Ok(permit) => permit,
-            Err(refusal) => {
-                self.shared.metrics.connections_refused.with_label_values(&[refusal.reason()]).inc();
-                // A new socket's buffer has room for it; whoever is gone already does not miss it.
-                let _ = socket.write(refusal.answer().as_bytes());
-                return;
-            }
-        };
-        // A frame is one write: waiting for more to send would only delay it.
-        if let Err(error) = socket.set_nodelay(true) {
-            tracing::debug!(%error, "a connection without TCP_NODELAY");
+/// Gives the connection its place, or tells it that there is none.
+fn admit(shared: &Shared, mut socket: TcpStream, peer: SocketAddr) -> Option<(TcpStream, Permit)> {
+    shared.metrics.connections.inc();
+    let permit = match shared.caps.admit(peer.ip()) {
+        Ok(permit) => permit,
+        Err(refusal) => {
+            shared.metrics.connections_refused.with_label_values(&[refusal.reason()]).inc();
+            // A new socket's buffer has room for it; whoever is gone already does not miss it.
+            let _ = socket.write(refusal.answer().as_bytes());
+            return None;
         }
-        let size = self.shared.settings.send_buffer_bytes;
-        if size > 0
-            && let Err(error) = SockRef::from(&socket).set_send_buffer_size(size)
-        {
-            tracing::debug!(%error, "a connection with another send buffer");
-        }
-        let shard = self.next % self.shards.len().max(1);
-        self.next = shard + 1;
-        if let Some(shard) = self.shards.get(shard) {
-            shard.send_blocking(Message::Connection(socket, permit));
-        }
+    };
+    // A frame is one write: waiting for more to send would only delay it.
+    if let Err(error) = socket.set_nodelay(true) {
+        tracing::debug!(%error, "a connection without TCP_NODELAY");
     }
+    let size = shared.settings.send_buffer_bytes;
+    if size > 0
+        && let Err(error) = SockRef::from(&socket).set_send_buffer_size(size)
+    {
+        tracing::debug!(%error, "a connection with another send buffer");
+    }
+    Some((socket, permit))
 }
 
 #[cfg(test)]
@@ -184,5 +183,21 @@ mod tests {
         }
         assert!((990..=1010).contains(&accepted), "{accepted}");
         assert_eq!(allowance.most, 2.0);
+    }
+
+    #[test]
+    fn all_listeners_have_one_address_and_nobody_else_has_it() {
+        let listeners = listen("127.0.0.1:0".parse().unwrap(), 3, 16).unwrap();
+        let address = listeners[0].local_addr().unwrap();
+        assert_eq!(listeners.len(), 3);
+        assert!(listeners.iter().all(|listener| listener.local_addr().unwrap() == address));
+        for count in [1, 2] {
+            let error = listen(address, count, 16).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        }
+        // Whoever connects comes in at one of them.
+        let devices: Vec<_> = (0..30).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+        let accepted = listeners.iter().flat_map(|listener| std::iter::from_fn(|| listener.accept().ok()));
+        assert_eq!(accepted.count(), devices.len());
     }
 }

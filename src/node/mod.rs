@@ -1,7 +1,7 @@
 //! The node: holds the devices' WebSockets, delivers live broadcasts, and serves retained ones at login from memory.
 //!
 //! One broadcast's way: the ledger's feed → `presence` (one task; merges it into the app's `timeline`) → each `shard`'s inbox →
-//! one sweep over the app's sessions there. A connection's way: `door` → a shard → `http` → `login` → the timeline.
+//! one sweep over the app's sessions there. A connection's way: a shard's `door` → `http` → `login` → the timeline.
 //!
 //! # The protocol
 //! Text messages of JSON on `GET /ws`. The device's first one is
@@ -45,11 +45,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use self::door::listen;
 pub use self::settings::NodeSettings;
 
 use self::caps::Caps;
 use self::clock::LedgerClock;
-use self::door::{Door, DoorHandle};
 use self::login::Apps;
 use self::presence::Presence;
 use self::shard::{Bell, Message, Sender, Shard};
@@ -79,7 +79,6 @@ pub struct Node {
     address: SocketAddr,
     ready: watch::Receiver<Result<(), String>>,
     draining: watch::Sender<bool>,
-    door: DoorHandle,
     shards: Vec<Sender>,
     threads: Vec<JoinHandle<()>>,
     presence: tokio::task::JoinHandle<()>,
@@ -94,7 +93,7 @@ pub struct Node {
 impl Node {
     /// Starts the node's threads and its task on the current runtime; devices can connect when it returns.
     ///
-    /// `listener`: bound. `http`: who serves requests other than the upgrade, if anybody. `shutdown`: ends everything at
+    /// `listeners`: of one address, see [`listen`]; a shard that has none of its own shares the first. `http`: who serves requests other than the upgrade, if anybody. `shutdown`: ends everything at
     /// once; [`Node::drain`] is the gentle way.
     ///
     /// # Errors
@@ -104,13 +103,14 @@ impl Node {
         directory: &Directory,
         ledger: Arc<dyn Ledger>,
         metrics: Metrics,
-        listener: TcpListener,
+        listeners: Vec<TcpListener>,
         http: Option<HttpHandOff>,
         shutdown: &CancellationToken,
     ) -> Result<Self, NodeError> {
         settings.validate().map_err(NodeError::Settings)?;
         let name = NodeName(settings.node_name().into());
-        let address = listener.local_addr()?;
+        let first = listeners.first().ok_or_else(|| NodeError::Settings("a node needs a listener".into()))?;
+        let (address, first) = (first.local_addr()?, first.try_clone()?);
         let apps = Apps::new(directory, settings.tokenless_login);
         let count = settings.shard_count();
         let shared = Arc::new(Shared {
@@ -124,23 +124,24 @@ impl Node {
             stop: AtomicBool::new(false),
         });
         let (mut shards, mut senders) = (Vec::new(), Vec::new());
+        let mut listeners = listeners.into_iter();
+        let per_second = shared.settings.accept_per_second.div_ceil(u32::try_from(count).unwrap_or(u32::MAX).max(1));
         for number in 0..count {
-            let (shard, sender) = Shard::new(number, shared.clone())?;
+            let listener = listeners.next().map_or_else(|| first.try_clone(), Ok)?;
+            let (shard, sender) = Shard::new(number, listener, per_second, shared.clone())?;
             shards.push(shard);
             senders.push(sender);
         }
-        let (door, door_handle) = Door::new(listener, senders.clone(), shared.clone())?;
 
         let stop = shutdown.child_token();
         let failed = CancellationToken::new();
         let end = || EndOnPanic { stop: stop.clone(), failed: failed.clone() };
         let leave = shutdown.child_token();
-        stop_threads(stop.clone(), shared.clone(), door_handle.clone(), senders.iter().map(Sender::bell).collect());
+        stop_threads(stop.clone(), shared.clone(), senders.iter().map(Sender::bell).collect());
         let mut threads = Vec::new();
         for (number, shard) in shards.into_iter().enumerate() {
             threads.push(spawn(format!("shard-{number}"), end(), move || shard.run())?);
         }
-        threads.push(spawn("door".to_owned(), end(), move || door.run())?);
 
         let (ready_sender, ready) = watch::channel(Ok(()));
         let (draining, is_draining) = watch::channel(false);
@@ -152,8 +153,7 @@ impl Node {
             presence.run(until).await;
         });
         tracing::info!(node = %name, %address, shards = count, "node started");
-        let (door, shards) = (door_handle, senders);
-        Ok(Self { name, address, ready, draining, door, shards, threads, presence, stop, failed, leave })
+        Ok(Self { name, address, ready, draining, shards: senders, threads, presence, stop, failed, leave })
     }
 
     /// The node's name.
@@ -184,7 +184,6 @@ impl Node {
     /// Then gives the leases up. Until then broadcasts are delivered.
     pub async fn drain(mut self, deadline: Instant) {
         self.draining.send_replace(true);
-        self.door.close();
         for shard in &self.shards {
             shard.send(Message::Drain { until: deadline }).await;
         }
@@ -229,11 +228,10 @@ fn spawn(name: String, guard: EndOnPanic, work: impl FnOnce() + Send + 'static) 
 }
 
 /// Tells the threads when to end.
-fn stop_threads(stop: CancellationToken, shared: Arc<Shared>, door: DoorHandle, bells: Vec<Bell>) {
+fn stop_threads(stop: CancellationToken, shared: Arc<Shared>, bells: Vec<Bell>) {
     tokio::spawn(async move {
         stop.cancelled().await;
         shared.stop.store(true, Ordering::Release);
-        door.close();
         bells.iter().for_each(Bell::ring);
     });
 }

@@ -104,7 +104,8 @@ impl NodeSettings {
     }
 
     /// How many shards there are.
-    pub(super) fn shard_count(&self) -> usize {
+    #[must_use]
+    pub fn shard_count(&self) -> usize {
         if self.shards > 0 { self.shards } else { std::thread::available_parallelism().map_or(1, Into::into) }
     }
 

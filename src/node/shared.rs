@@ -12,7 +12,7 @@ use super::login::{AppIndex, Apps};
 use super::settings::NodeSettings;
 use crate::metrics::Metrics;
 
-/// Shared by the door, the shards and the presence task.
+/// Shared by the shards and the presence task.
 pub struct Shared {
     /// The section `[node]`.
     pub settings: NodeSettings,

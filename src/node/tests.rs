@@ -24,10 +24,11 @@ fn start_with(change: impl FnOnce(&mut NodeSettings), http: Option<HttpHandOff>)
     change(&mut settings);
     let ledger = FakeLedger::new();
     let metrics = Metrics::new().unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listeners = listen("127.0.0.1:0".parse().unwrap(), settings.shard_count(), 1024).unwrap();
     let shutdown = CancellationToken::new();
-    let node = Node::start(settings, &testing::directory(), ledger.clone(), metrics.clone(), listener, http, &shutdown)
-        .unwrap();
+    let node =
+        Node::start(settings, &testing::directory(), ledger.clone(), metrics.clone(), listeners, http, &shutdown)
+            .unwrap();
     let port = node.local_addr().port();
     Fixture { node, ledger, metrics, port, _stop: shutdown.drop_guard() }
 }

@@ -244,6 +244,13 @@ impl Timeline {
         (reader, self.after(reader, now_ms).filter(|entry| entry.recalls.is_none()).count())
     }
 
+    /// Whether a device that comes back soon enough was away for more than is kept, so that it does not get everything that was
+    /// for online devices. By the ids, which are microseconds: too often rather than too seldom.
+    #[must_use]
+    pub const fn resumes_short(&self, since: BroadcastId, now_ms: u64, resume_ms: u64) -> bool {
+        since > 0 && since < self.trimmed && self.trimmed / 1000 > now_ms.saturating_sub(resume_ms)
+    }
+
     /// What the device is still to be sent, ids ascending: never an expired or recalled one.
     pub fn after(&self, reader: Reader, now_ms: u64) -> impl Iterator<Item = &Arc<Entry>> {
         let Reader { cursor, login_head, resume_from, platform } = reader;

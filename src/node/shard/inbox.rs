@@ -5,23 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use mio::net::TcpStream;
 use mio::{Registry, Token, Waker};
 use tokio::sync::mpsc;
 
-use crate::node::caps::Permit;
 use crate::node::entry::Entry;
 use crate::node::login::AppIndex;
 use crate::node::timeline::Timeline;
 
-/// How many messages may wait. When it is full the sender waits: the door stops accepting, the presence task stops taking
-/// from its feed (which then says that it was interrupted, and the log is read).
+/// How many messages may wait. When it is full the sender waits: the presence task stops taking from its feed (which then says that it was interrupted, and the log is read).
 const CAPACITY: usize = 4096;
 
 /// What a shard is told.
 pub enum Message {
-    /// A connection to take over, with its place among them all.
-    Connection(TcpStream, Permit),
     /// The app's timeline; replaces an older copy.
     Open {
         /// The app.
@@ -95,13 +90,6 @@ impl Sender {
     /// Sends, waiting for room. A shard that has ended takes nothing; its node is ending too.
     pub async fn send(&self, message: Message) {
         if self.sender.send(message).await.is_ok() {
-            self.bell.ring();
-        }
-    }
-
-    /// The same, from a thread that is not the runtime's.
-    pub fn send_blocking(&self, message: Message) {
-        if self.sender.blocking_send(message).is_ok() {
             self.bell.ring();
         }
     }

@@ -163,7 +163,12 @@ impl Shard {
             return;
         };
         let resume_ms = self.shared.settings.resume_seconds.saturating_mul(1000);
-        let pending = session.admit(timeline, self.shared.clock.now_ms(), resume_ms);
+        let now_ms = self.shared.clock.now_ms();
+        if timeline.resumes_short(session.cursor, now_ms, resume_ms) {
+            self.shared.metrics.resumes_short.inc();
+            tracing::debug!(since = session.cursor, "came back, but too much was broadcast meanwhile");
+        }
+        let pending = session.admit(timeline, now_ms, resume_ms);
         // Never 0, which would make it a new device again when it comes back.
         let head = session.login_head.max(1);
         // The name says where the session is: shard, generation and place.

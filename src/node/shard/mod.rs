@@ -1,6 +1,6 @@
 //! A shard: one thread that owns its sockets, so that nothing on the way to a device takes a lock.
 //!
-//! Each turn: what the sockets say, what the inbox brings (as much as the timelines' windows hold, so that broadcasts that
+//! Each turn: what the sockets say, who is at the door, what the inbox brings (as much as the timelines' windows hold, so that broadcasts that
 //! arrived during a sweep go out together), a slice of each sweep that is under way, the timers.
 
 mod inbox;
@@ -13,6 +13,7 @@ mod timers;
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,11 +28,18 @@ use self::session::{Session, State, Written};
 use self::sweep::View;
 use self::timers::Timers;
 use super::caps::Permit;
+use super::door::Door;
 use super::login::AppIndex;
 use super::shared::Shared;
 
-/// The token of the inbox's bell. No session has it: a place in the slab is below 2^32.
+/// The token of the inbox's bell. No session has it: a generation is below 2^31.
 const BELL: Token = Token(usize::MAX);
+
+/// The token of the door, likewise.
+const DOOR: Token = Token(usize::MAX - 1);
+
+/// How many connections are accepted before those who are here have their turn.
+const ACCEPTS_A_TURN: usize = 64;
 
 /// Bytes that one read may bring; one buffer serves all sessions of the shard.
 const READ_BUFFER: usize = 64 * 1024;
@@ -47,6 +55,8 @@ pub struct Shard {
     number: usize,
     shared: Arc<Shared>,
     poll: Poll,
+    /// Until the node drains.
+    door: Option<Door>,
     inbox: Inbox,
     sessions: Slab<Session>,
     generation: u32,
@@ -74,16 +84,23 @@ const fn key(token: Token) -> usize {
 }
 
 impl Shard {
-    /// Makes a shard and the sender of its inbox.
+    /// Makes a shard that accepts from `listener`, at most `per_second` connections, and the sender of its inbox.
     ///
     /// # Errors
     /// If the system has no descriptors for it.
-    pub fn new(number: usize, shared: Arc<Shared>) -> io::Result<(Self, Sender)> {
+    pub fn new(
+        number: usize,
+        listener: TcpListener,
+        per_second: u32,
+        shared: Arc<Shared>,
+    ) -> io::Result<(Self, Sender)> {
         let poll = Poll::new()?;
+        let door = Door::new(listener, per_second, poll.registry(), DOOR)?;
         let (sender, inbox) = inbox::inbox(poll.registry(), BELL)?;
         let shard = Self {
             number,
             poll,
+            door: Some(door),
             inbox,
             sessions: Slab::new(),
             generation: 0,
@@ -104,7 +121,9 @@ impl Shard {
         let mut events = Events::with_capacity(1024);
         loop {
             let timeout = if self.sweeping.is_empty() && self.unread.is_empty() && self.put_off.is_none() {
-                self.timers.wait(Instant::now())
+                let now = Instant::now();
+                let timers = self.timers.wait(now);
+                self.door.as_ref().and_then(|door| door.wait(now)).map_or(timers, |wait| wait.min(timers))
             } else {
                 Duration::ZERO
             };
@@ -115,10 +134,13 @@ impl Shard {
                 std::thread::sleep(Duration::from_millis(10));
             }
             for event in &events {
-                if event.token() != BELL {
-                    self.handle(event);
+                match event.token() {
+                    BELL => {}
+                    DOOR => self.door.iter_mut().for_each(Door::knock),
+                    _ => self.handle(event),
                 }
             }
+            self.accept();
             for token in std::mem::take(&mut self.unread) {
                 self.read(token, true);
             }
@@ -169,19 +191,27 @@ impl Shard {
 
     fn obey(&mut self, message: Message) {
         match message {
-            Message::Connection(socket, permit) => self.connect(socket, permit),
             Message::Open { app, timeline } => self.open(app, *timeline),
             Message::Append { app, entries } => self.append(app, entries),
             Message::Close { app } => self.close_app(app),
-            Message::Drain { until } => self.timers.drain(Instant::now(), until),
+            Message::Drain { until } => {
+                // Closes the listener.
+                self.door = None;
+                self.timers.drain(Instant::now(), until);
+            }
+        }
+    }
+
+    /// Accepts those who are at the door.
+    fn accept(&mut self) {
+        for _ in 0..ACCEPTS_A_TURN {
+            let Some((socket, permit)) = self.door.as_mut().and_then(|door| door.accept(&self.shared)) else { return };
+            self.connect(socket, permit);
         }
     }
 
     /// Takes over a connection that was accepted.
     fn connect(&mut self, socket: mio::net::TcpStream, permit: Permit) {
-        if self.timers.is_draining() {
-            return;
-        }
         self.generation = self.generation.wrapping_add(1) & 0x7fff_ffff;
         let entry = self.sessions.vacant_entry();
         let token = token(entry.key(), self.generation);

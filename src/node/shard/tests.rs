@@ -13,7 +13,8 @@ fn shard() -> Shard {
 
 fn shard_with(settings: NodeSettings) -> (Shard, Sender) {
     let shared = Shared::for_tests(settings, &directory(), Metrics::new().unwrap());
-    Shard::new(0, Arc::new(shared)).unwrap()
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    Shard::new(0, listener, 1000, Arc::new(shared)).unwrap()
 }
 
 /// Lets a device in; returns its side of the connection, and its token.
@@ -23,7 +24,7 @@ fn device(shard: &mut Shard) -> (std::net::TcpStream, Token) {
     let ours = listener.accept().unwrap().0;
     ours.set_nonblocking(true).unwrap();
     let permit = shard.shared.caps.admit([127, 0, 0, 1].into()).unwrap();
-    shard.obey(Message::Connection(mio::net::TcpStream::from_std(ours), permit));
+    shard.connect(mio::net::TcpStream::from_std(ours), permit);
     let (place, session) = shard.sessions.iter().last().unwrap();
     (theirs, token(place, session.generation))
 }
@@ -61,8 +62,8 @@ fn an_event_for_an_earlier_connection_in_the_same_place_does_nothing() {
     assert!(shard.session(new).is_some() && shard.session(old).is_none());
 }
 
-#[test]
-fn nobody_who_keeps_up_is_left_behind_however_much_comes_at_once() {
+#[tokio::test]
+async fn nobody_who_keeps_up_is_left_behind_however_much_comes_at_once() {
     let settings = NodeSettings { recent_frames: 16, ..NodeSettings::for_tests() };
     let (mut shard, sender) = shard_with(settings);
     let app = shard.shared.apps.find("demo").unwrap();
@@ -79,7 +80,7 @@ fn nobody_who_keeps_up_is_left_behind_however_much_comes_at_once() {
     let ids = 6..206;
     let entries: Vec<_> = ids.clone().map(|id| broadcast(id, id - 1, 1, 0)).collect();
     for entry in &entries {
-        sender.send_blocking(Message::Append { app, entries: vec![entry.clone()].into() });
+        sender.send(Message::Append { app, entries: vec![entry.clone()].into() }).await;
     }
     let mut turns = 0;
     while shard.put_off.is_some() || !shard.sweeping.is_empty() || turns == 0 {

@@ -66,10 +66,6 @@ impl Timers {
         self.drain.get_or_insert(Drain { from: now, until, next: now, place: 0 });
     }
 
-    pub const fn is_draining(&self) -> bool {
-        self.drain.is_some()
-    }
-
     /// Whether the drain is over: no session left, or its time is up.
     pub fn is_drained(&self, now: Instant, is_empty: bool) -> bool {
         self.drain.as_ref().is_some_and(|drain| is_empty || now >= drain.until)

@@ -57,6 +57,21 @@ fn a_device_that_comes_back_soon_also_gets_what_was_for_online_devices() {
 }
 
 #[test]
+fn it_is_known_when_a_device_that_comes_back_soon_does_not_get_everything() {
+    // Ids as the ledger makes them: microseconds.
+    let id = |second: u64| -> u64 { (NOW + second * 1000) * 1000 };
+    let mut timeline = Timeline::new(Bounds { frames: 2, ..BOUNDS }, id(0));
+    for second in 1..=4 {
+        timeline.append(broadcast(id(second), id(second - 1), NOW + second * 1000, 0), NOW);
+    }
+    let short = |since: u64, seconds_later: u64| timeline.resumes_short(since, NOW + seconds_later * 1000, 60_000);
+    assert!(short(id(1), 5), "the second is gone");
+    assert!(!short(id(2), 5) && !short(id(4), 5), "has had what is gone");
+    assert!(!short(0, 5), "a new device is not owed it");
+    assert!(!short(id(1), 62), "nor one that was away for too long");
+}
+
+#[test]
 fn a_cursor_beyond_the_head_is_kept() {
     let mut timeline = Timeline::open(BOUNDS, 5, vec![], vec![], NOW);
     let (reader, pending) = new_device(&timeline, 50);
