@@ -83,12 +83,25 @@ impl Allowance {
 }
 
 impl Door {
-    /// Watches the listener as `token`. `per_second`: the most connections that are accepted.
+    /// Watches the listener as `token`. `per_second`: the most connections that are accepted; `send_buffer_bytes`: of each,
+    /// 0 for the system's own choice.
     ///
     /// # Errors
     /// If the system refuses.
-    pub fn new(listener: TcpListener, per_second: u32, registry: &Registry, token: Token) -> io::Result<Self> {
+    pub fn new(
+        listener: TcpListener,
+        per_second: u32,
+        send_buffer_bytes: usize,
+        registry: &Registry,
+        token: Token,
+    ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
+        // Whatever is accepted inherits both. A frame is one write: waiting for more to send would only delay it.
+        let socket = SockRef::from(&listener);
+        socket.set_tcp_nodelay(true)?;
+        if send_buffer_bytes > 0 {
+            socket.set_send_buffer_size(send_buffer_bytes)?;
+        }
         let mut listener = mio::net::TcpListener::from_std(listener);
         registry.register(&mut listener, token, Interest::READABLE)?;
         Ok(Self { listener, allowance: Allowance::new(per_second, Instant::now()), ready: None })
@@ -153,22 +166,15 @@ fn admit(shared: &Shared, mut socket: TcpStream, peer: SocketAddr) -> Option<(Tc
             return None;
         }
     };
-    // A frame is one write: waiting for more to send would only delay it.
-    if let Err(error) = socket.set_nodelay(true) {
-        tracing::debug!(%error, "a connection without TCP_NODELAY");
-    }
-    let size = shared.settings.send_buffer_bytes;
-    if size > 0
-        && let Err(error) = SockRef::from(&socket).set_send_buffer_size(size)
-    {
-        tracing::debug!(%error, "a connection with another send buffer");
-    }
     Some((socket, permit))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::Metrics;
+    use crate::node::settings::NodeSettings;
+    use crate::node::testing::directory;
 
     #[test]
     fn the_allowance_is_a_rate() {
@@ -199,5 +205,30 @@ mod tests {
         let devices: Vec<_> = (0..30).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
         let accepted = listeners.iter().flat_map(|listener| std::iter::from_fn(|| listener.accept().ok()));
         assert_eq!(accepted.count(), devices.len());
+    }
+
+    #[test]
+    fn who_is_accepted_has_what_the_listener_was_given() {
+        let settings = NodeSettings { max_sessions: 1, ..NodeSettings::for_tests() };
+        let shared = Shared::for_tests(settings, &directory(), Metrics::new().unwrap());
+        let listener = listen("127.0.0.1:0".parse().unwrap(), 1, 16).unwrap().remove(0);
+        let address = listener.local_addr().unwrap();
+        let poll = mio::Poll::new().unwrap();
+        let mut door = Door::new(listener, 1000, 50_000, poll.registry(), Token(0)).unwrap();
+        let first = std::net::TcpStream::connect(address).unwrap();
+        let mut second = std::net::TcpStream::connect(address).unwrap();
+        assert!(door.accept(&shared).is_none(), "nobody has knocked");
+        door.knock();
+        let (socket, permit) = door.accept(&shared).unwrap();
+        assert_eq!(socket.peer_addr().unwrap(), first.local_addr().unwrap());
+        assert!(socket.nodelay().unwrap());
+        // The kernel doubles what is asked for.
+        assert_eq!(SockRef::from(&socket).send_buffer_size().unwrap(), 100_000);
+        // The second is told that there is no place, and then there is nobody.
+        assert!(door.accept(&shared).is_none() && door.wait(Instant::now()).is_none());
+        let mut answer = String::new();
+        std::io::Read::read_to_string(&mut second, &mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        drop(permit);
     }
 }

@@ -95,7 +95,7 @@ impl Shard {
         shared: Arc<Shared>,
     ) -> io::Result<(Self, Sender)> {
         let poll = Poll::new()?;
-        let door = Door::new(listener, per_second, poll.registry(), DOOR)?;
+        let door = Door::new(listener, per_second, shared.settings.send_buffer_bytes, poll.registry(), DOOR)?;
         let (sender, inbox) = inbox::inbox(poll.registry(), BELL)?;
         let shard = Self {
             number,
