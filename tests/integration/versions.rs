@@ -8,7 +8,7 @@ use broadcastd::broadcast::envelope::{Content, Envelope, broadcast, history, rec
 use broadcastd::broadcast::request::Request;
 use serde_json::{Value, json};
 
-use crate::support::after_row::{after_lost_data, after_row_without_redis};
+use crate::support::after_row::after_lost_data;
 use crate::support::broadcastd::{App, Process};
 use crate::support::device::Device;
 use crate::support::redis::Redis;
@@ -114,7 +114,6 @@ async fn what_version_1_stored_in_its_file_is_served_on() {
     std::fs::write(process.folder().join("store.redb"), unpacked.stdout).unwrap();
     let process = process.start().await;
     assert_served(&process.device_url(), &process, &app, 4_102_444_800_000_000 + 60_000_000).await;
-    after_row_without_redis(std::slice::from_ref(&app));
 }
 
 /// A newer worker beside today's: it writes into the log, the retained set and a node's channel, as accept.lua of its version
