@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a file that is missing is a test that fails")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
@@ -156,7 +156,7 @@ fn every_metric_is_documented() {
 }
 
 /// The rows of the fault table: number, and the text of each field.
-fn fault_rows(table: &str) -> Vec<(u32, std::collections::BTreeMap<&str, String>)> {
+fn fault_rows(table: &str) -> Vec<(u32, BTreeMap<&str, String>)> {
     let mut rows = Vec::new();
     for block in table.split("\n### ").skip(1) {
         // What follows the table, under headings of its own, is no part of its last row.
@@ -183,22 +183,57 @@ fn find_test(reference: &str) -> Result<(), String> {
     if attributes().any(|line| line.starts_with("#[ignore")) { Err(format!("{name} is not run")) } else { Ok(()) }
 }
 
+/// What is wrong with one row of the fault table, or one section of the same form.
+fn flaws(fields: &BTreeMap<&str, String>) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for field in ["must", "test", "seen", "broken"] {
+        if fields.get(field).is_none_or(|text| text.len() < 5) {
+            wrong.push(format!("no `{field}`"));
+        }
+    }
+    if let Some((field, _)) = fields.iter().find(|(_, text)| text.to_uppercase().contains("NOT YET HELD")) {
+        wrong.push(format!("`{field}` says that it is not held"));
+    }
+    let mut references = fields.get("test").map_or("", String::as_str).split('`').skip(1).step_by(2).peekable();
+    if references.peek().is_none() {
+        wrong.push("`test` names none in backticks".to_owned());
+    }
+    wrong.extend(references.filter_map(|test| find_test(test).err()));
+    wrong
+}
+
 #[test]
 fn every_row_of_the_fault_table_has_a_test() {
     let table = read(&Path::new(ROOT).join("tests/FAULTS.md"));
     let rows = fault_rows(&table);
     assert_eq!(rows.iter().map(|(number, _)| *number).collect::<Vec<_>>(), (1..=41).collect::<Vec<_>>());
-    let mut wrong = Vec::new();
-    for (number, fields) in rows {
-        for field in ["must", "test", "seen", "broken"] {
-            if fields.get(field).is_none_or(|text| text.len() < 5) {
-                wrong.push(format!("row {number} has no `{field}`"));
-            }
-        }
-        let references = fields.get("test").map_or("", String::as_str).split('`').skip(1).step_by(2);
-        wrong.extend(references.filter_map(|test| find_test(test).err()).map(|why| format!("row {number}: {why}")));
-    }
+    let wrong: Vec<String> = rows
+        .iter()
+        .flat_map(|(number, fields)| flaws(fields).into_iter().map(move |why| format!("row {number}: {why}")))
+        .collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_row_with_a_flaw_is_found() {
+    const GOOD: &str = "\n### 7. it breaks\n\nmust: be whole\n\ntest: \
+        `tests/conventions.rs: a_row_with_a_flaw_is_found`\n\nseen: it was\n\nbroken: it was not\n";
+    let flaws_of = |change: (&str, &str)| {
+        let text = GOOD.replace(change.0, change.1);
+        assert!(change.0 == change.1 || text != GOOD, "{change:?} changes nothing");
+        let rows = fault_rows(&text);
+        assert_eq!((rows.len(), rows[0].0), (1, 7));
+        flaws(&rows[0].1).join("; ")
+    };
+    assert_eq!(flaws_of(("it was not", "it was not")), "");
+    assert!(flaws_of(("`", "")).contains("names none in backticks"));
+    assert!(flaws_of(("must: be whole", "must: ")).contains("no `must`"));
+    assert!(flaws_of(("must: be whole\n\n", "")).contains("no `must`"));
+    assert!(flaws_of(("broken: it was not", "")).contains("no `broken`"));
+    assert!(flaws_of(("seen: it was", "seen: NOT YET HELD as worded")).contains("not held"));
+    assert!(
+        flaws_of(("a_row_with_a_flaw", "no_such_row")).contains("tests/conventions.rs has no no_such_row_is_found")
+    );
 }
 
 #[test]
@@ -208,15 +243,9 @@ fn every_test_of_the_security_section_is_there() {
     let mut wrong = Vec::new();
     for section in security.split("\n## ").skip(1) {
         let title = section.lines().next().unwrap();
-        let fields: std::collections::BTreeMap<&str, &str> =
-            section.split("\n\n").filter_map(|paragraph| paragraph.trim().split_once(": ")).collect();
-        for field in ["must", "test", "seen", "broken"] {
-            if fields.get(field).is_none_or(|text| text.len() < 5) {
-                wrong.push(format!("{title} has no `{field}`"));
-            }
-        }
-        let references = fields.get("test").map_or("", |text| *text).split('`').skip(1).step_by(2);
-        wrong.extend(references.filter_map(|test| find_test(test).err()).map(|why| format!("{title}: {why}")));
+        let fields = section.split("\n\n").filter_map(|paragraph| paragraph.trim().split_once(": "));
+        let fields = fields.map(|(field, text)| (field, text.replace('\n', " "))).collect();
+        wrong.extend(flaws(&fields).into_iter().map(|why| format!("{title}: {why}")));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

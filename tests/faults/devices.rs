@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::fleet::{Afterwards, Fleet, STORM};
@@ -61,6 +62,7 @@ async fn a_thousand_devices_of_a_node_killed_mid_sweep_go_on_elsewhere() {
     );
     assert!(had[0] == 1 && had[DEVICES - 1] > 1, "not in the middle of a sweep: {had:?}");
     assert!(records.iter().all(|record| record.logins == 2 && record.ends[0].code.is_none()));
+    after_row(&stack).await;
 }
 
 /// Row 28: under load; the devices are told to go one after the other, and when to come back.
@@ -111,6 +113,7 @@ async fn devices_of_a_drained_node_leave_spread_over_the_window_and_miss_nothing
     assert!(some >= 5 && tenths.iter().all(|&left| left <= DEVICES / 2), "not spread: {tenths:?}");
     fleet.until_each_had(sent, STORM).await;
     fleet.check(&checker, |_| Must::Everything);
+    after_row(&stack).await;
 }
 
 /// The node's resident memory, KiB.
@@ -136,7 +139,7 @@ async fn time_to_last(amqp: &Amqp, app: &App, checker: &mut Checker, readers: &F
     times[count / 2]
 }
 
-/// Row 29: 1,000 of 2,000 devices stop reading.
+/// Row 29: 1,000 of 2,000 devices stop reading, and the others have everything as soon as if those were not there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_devices_that_stop_reading_cost_the_others_and_the_memory_little() {
     const EACH: usize = 1000;
@@ -151,13 +154,13 @@ async fn a_thousand_devices_that_stop_reading_cost_the_others_and_the_memory_lit
     let mut readers = Fleet::new(&app, EACH);
     let mut sleepers = Fleet::new(&app, EACH).receive_buffer(4096);
     readers.launch(&[node.device_url()], Afterwards::Stay);
-    sleepers.launch(&[node.device_url()], Afterwards::Stay);
     readers.until_online(STORM).await;
-    sleepers.until_online(STORM).await;
 
     let mut checker = Checker::default();
+    // What the same readers take while they are alone.
     let before = time_to_last(&amqp, &app, &mut checker, &readers, 0, 40).await;
-    sleepers.until_each_had(40, SOON).await;
+    sleepers.launch(&[node.device_url()], Afterwards::Stay);
+    sleepers.until_online(STORM).await;
     sleepers.stop_reading();
     time_to_last(&amqp, &app, &mut checker, &readers, 40, 20).await;
     until("1,000 behind", SOON, async || match node.metric("broadcastd_sessions_behind").await {
@@ -174,17 +177,19 @@ async fn a_thousand_devices_that_stop_reading_cost_the_others_and_the_memory_lit
     );
     // A queue each would hold 400 KiB a device; here it is the frames themselves, once, and what the allocator rounds up.
     assert!(later < stalled + 2 * 1024, "{stalled} KiB grew to {later} KiB");
-    assert!(meanwhile <= before * 3 + 50, "{before} ms became {meanwhile} ms");
-    assert_eq!(sleepers.count(|record| record.history.len() > 60), 0, "they do read");
+    // It takes what it takes without them: twice, and a time slice, is for the others on the machine.
+    assert!(meanwhile <= before * 2 + 20, "{before} ms became {meanwhile} ms");
+    assert_eq!(sleepers.count(|record| record.history.len() > 20), 0, "they do read");
 
     sleepers.read_on();
-    sleepers.until_each_had(160, STORM).await;
+    sleepers.until_each_had(120, STORM).await;
     readers.check(&checker, |_| Must::Everything);
-    sleepers.check(&checker, |_| Must::Everything);
+    sleepers.check(&checker, |record| Must::After(record.head));
     assert_eq!(sleepers.count(|record| record.logins == 1 && record.ends.is_empty()), EACH, "on the same connections");
     let behind = async || match node.metric("broadcastd_sessions_behind").await {
         0.0 => Ok(()),
         behind => Err(behind),
     };
     until("nobody behind", Duration::from_secs(5), behind).await;
+    after_row(&stack).await;
 }

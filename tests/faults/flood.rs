@@ -10,6 +10,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties};
 use serde_json::json;
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::rabbitmq::{ADMINISTRATOR, RabbitMq, as_user};
 use crate::support::redis::Redis;
@@ -148,6 +149,8 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
     println!("in the common queue, behind {BEHIND} of another app: {:?}", flooding.elapsed());
     assert_eq!(reply.unwrap()["code"], 200);
     assert!(common.metric("broadcastd_refused_total").await >= BEHIND as f64);
+    // The flood itself is counted, not noted.
+    after_row(&Stack { apps: vec![quiet], ..stack }).await;
 }
 
 /// By the server API: an app has at most its share of calls under way, so at most that many requests stand before another's.
@@ -221,6 +224,7 @@ async fn a_flood_by_the_api_is_refused_and_hardly_felt_by_another_app() {
     let turned_away = codes.iter().filter(|code| **code == json!(503)).count();
     assert_eq!(turned_away, 4 * SHARE as usize, "{codes:?}");
     assert!(flooded <= idle * 2, "{flooded:?} is more than twice {idle:?}");
+    after_row(&stack).await;
 }
 
 /// 64 requests of 16 MiB wait when a worker starts. It must not hold 1 GiB, let alone twice that.
@@ -257,6 +261,7 @@ async fn requests_of_16_mib_are_dead_lettered_without_being_held() {
     assert_eq!(dead.payload, huge[..64 * 1024]);
     amqp.accepted(&request(&app, "after")).await;
     assert_eq!(worker.metric("broadcastd_worker_sessions_total").await, 1.0);
+    after_row(&stack).await;
 }
 
 /// With the broker's limit that the documentation demands they never get to a worker, and what does is bounded: a whole
@@ -293,4 +298,5 @@ async fn with_the_brokers_limit_a_whole_prefetch_of_the_largest_is_bounded() {
     );
     let amqp = stack.amqp().await;
     amqp.accepted(&request(&app, "after")).await;
+    after_row(&stack).await;
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::App;
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
@@ -91,4 +92,5 @@ async fn ten_thousand_logins_at_once_are_served_from_memory() {
     assert!(!grown.keys().any(|name| name.contains("range")), "the log or the retained were read: {grown:?}");
     assert_eq!((node.metric("broadcastd_sessions").await, refused), (DEVICES as f64 + 1.0, 0));
     assert_eq!(node.metric("broadcastd_logins_total").await, DEVICES as f64 + 1.0);
+    after_row(&stack).await;
 }

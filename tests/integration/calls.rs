@@ -8,10 +8,11 @@ use tokio::time::timeout;
 
 use serde_json::{Value, json};
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
-use crate::support::sender::{Amqp, Api};
+use crate::support::sender::{Amqp, Api, request};
 use crate::support::stack::Stack;
 use crate::support::{SOON, now_ms, unique, until};
 
@@ -188,12 +189,20 @@ async fn what_is_wrong_with_a_call_is_said_and_nothing_is_enqueued() {
     assert_eq!(amqp.ready("broadcast.requests").await, 0, "nothing was enqueued");
 
     // The check itself: a good call is enqueued, and answered that its end is not known, since nobody decides it.
-    let (status, answer) = good().make(&api).await;
+    let taken = json!({ "requestId": unique("taken"), "appKey": app.key, "body": "taken" });
+    let form = format!("body=taken&requestId={}", taken["requestId"].as_str().unwrap());
+    let (status, answer) = good().body(form).make(&api).await;
     assert_eq!((status, &answer["code"]), (200, &json!(500)), "{answer}");
     assert_eq!(amqp.ready("broadcast.requests").await, 1);
     let replayed = overheard.body("body=replayed").make(&api).await.1;
     assert_eq!(replayed["code"], 414, "{replayed}");
     assert!(!api.output().contains("panicked"), "{}", api.output());
+    // Nor had anything else an effect: of all of them, that one is decided, stored and charged.
+    app.journal.sending(taken);
+    let _worker = stack.worker().await;
+    amqp.accepted(&request(&app, "the last")).await;
+    let checker = after_row(&stack).await;
+    assert_eq!(checker.accepted(), 2);
 }
 
 /// Row 33, over HTTP: 64 bodies of 16 MiB at once do not become 1 GiB in memory, and the next call is handled.
@@ -217,6 +226,7 @@ async fn huge_bodies_are_refused_without_being_held() {
     println!("64 bodies of 16 MiB, 8 at once: {before_kib} KiB before, {grown_kib} KiB more at the most");
     assert!(grown_kib < 64 * 1024, "{grown_kib} KiB more than before");
     Api::new(&api.api_url(), &app).broadcast("after", false).await;
+    after_row(&stack).await;
 }
 
 async fn ask(api: &Process, app: &App, request: &Value) -> Value {
@@ -261,6 +271,7 @@ async fn without_a_worker_the_outcome_is_unknown_and_asking_again_gets_it() {
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(worker.metric("broadcastd_accepted_total").await, 2.0);
     assert_eq!(worker.metric("broadcastd_repeated_total").await, 4.0);
+    after_row(&stack).await;
 }
 
 /// Row 37: accepted, and the worker is killed before it says so.
@@ -287,6 +298,7 @@ async fn a_worker_killed_before_its_reply_leaves_the_outcome_unknown_and_the_nex
     device.collect(2, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(worker.metric("broadcastd_accepted_total").await, 1.0, "only the last one is new");
+    after_row(&stack).await;
 }
 
 /// Row 37: the API itself is killed, or stands still past its own deadline, with the request in the queue.
@@ -337,5 +349,6 @@ async fn an_api_killed_or_stopped_after_enqueuing_is_asked_again() {
         device.collect(2, SOON).await;
         checker.device(device.history(), Must::Everything, 0).unwrap();
         assert_eq!(worker.metric("broadcastd_accepted_total").await, 2.0);
+        after_row(&stack).await;
     }
 }

@@ -1,5 +1,6 @@
 //! Processes whose clocks are wrong: everything that counts is measured by Redis' clock.
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
@@ -77,6 +78,7 @@ async fn limits_and_expiry_follow_redis_whatever_the_others_clocks_say() {
     }
 
     expiry(&amqp, &free, &urls).await;
+    after_row(&stack).await;
 }
 
 fn near_now(time_ms: u64) {

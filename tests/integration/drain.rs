@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use serde_json::Value;
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::App;
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
@@ -35,6 +36,7 @@ async fn a_worker_settles_what_it_holds_and_the_next_one_takes_over() {
     checker.all_accepted(&requests, &replies);
     device.collect(300, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
+    after_row(&stack).await;
 }
 
 #[tokio::test]
@@ -67,6 +69,7 @@ async fn a_node_sends_its_devices_elsewhere() {
     for device in &devices {
         checker.device(device.history(), Must::Everything, 0).unwrap();
     }
+    after_row(&stack).await;
 }
 
 #[tokio::test]
@@ -89,6 +92,7 @@ async fn an_api_finishes_its_calls() {
     let _worker = stack.worker().await;
     assert!(call.await.unwrap() > before);
     assert_eq!(api.wait(EXIT).await.code(), Some(0), "{}", api.output());
+    after_row(&stack).await;
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
@@ -85,6 +86,7 @@ async fn logins_that_wait_over_the_expiry_get_what_is_still_valid() {
         let had: Vec<u64> = record.history.iter().take(20).map(|seen| seen.id).collect();
         assert_eq!((had, record.history.len()), (valid.clone(), 21));
     }
+    after_row(&stack).await;
 }
 
 /// A node that is held up in the middle of a sweep sends nothing that has expired meanwhile to those whose turn comes then.
@@ -110,6 +112,7 @@ async fn a_sweep_that_is_held_up_over_the_expiry_leaves_the_rest_out() {
     let had = fleet.count(|record| record.history.len() == 2);
     assert_eq!(had, 10, "had it; in time were 10 of {DEVICES}");
     assert_eq!(fleet.count(|record| record.history.len() == 1), DEVICES - 10);
+    after_row(&stack).await;
 }
 
 /// A device that stops reading in the middle of its login: what the kernel has by the expiry was sent in time (a frame that
@@ -162,6 +165,7 @@ async fn a_device_that_stalls_in_its_login_gets_nothing_late() {
     let valid = record.history.len() - brief - 1;
     assert_eq!(valid, 30, "all that are valid, once");
     assert!(record.history.windows(2).all(|pair| pair[0].id < pair[1].id));
+    after_row(&stack).await;
 }
 
 /// Logins all around the expiry: who asks before it may have it, who asks after it never.
@@ -200,4 +204,5 @@ async fn whoever_asks_after_the_expiry_does_not_get_it() {
         (fleet.count(|record| record.history.len() == 11), fleet.count(|record| record.history.len() == 1));
     println!("row 32: of {DEVICES} devices {all} had all that were brief, {none} none");
     assert!(all > 0 && none > 0, "not around the expiry: {all}, {none}");
+    after_row(&stack).await;
 }

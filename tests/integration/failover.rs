@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
+use crate::support::after_row::{after_lost_data, after_row};
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must, in_order};
 use crate::support::device::Device;
@@ -117,6 +118,7 @@ async fn redis_restarted_without_the_tail_of_its_file() {
         late.collect(30, SOON).await;
         checker.device(late.history(), Must::RetainedUpTo(late.head()), joined_ms).unwrap();
     }
+    after_lost_data(&stack).await;
 }
 
 /// Row 19: no id is used twice although nobody has told Redis yet which were; and what is written back reaches a node that read
@@ -163,6 +165,7 @@ async fn what_is_written_back_reaches_nodes_that_read_before_it_was() {
     send(&amqp, &mut checker, &[request(&app, "end")]).await;
     assert_eq!(late.contents_up_to("end").await.len(), 1, "nothing comes late to one who is online");
     in_order(early.history()).unwrap();
+    after_lost_data(&stack).await;
 }
 
 /// What README says of it: a request whose verdict was lost counts as new; one whose verdict was kept, as decided.
@@ -294,6 +297,7 @@ async fn a_replica_promoted_while_behind() {
     late.collect(15, SOON).await;
     checker.device(late.history(), Must::RetainedUpTo(late.head()), joined_ms).unwrap();
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
+    after_lost_data(&stack).await;
 }
 
 /// Row 20: the master is well, and demoted: whoever goes on writing to it is told READONLY, for ever.
@@ -322,6 +326,7 @@ async fn a_demoted_master_is_left_at_once() {
     device.collect(120, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
+    after_lost_data(&stack).await;
 }
 
 /// Row 20: the master is cut off from its replica and the Sentinels, but not from us: it goes on accepting, and says of itself
@@ -379,6 +384,7 @@ async fn a_master_that_is_cut_off_is_left_within_seconds() {
     late.collect(had.len(), SOON).await;
     assert_eq!(late.history().iter().map(|had| had.id).collect::<Vec<_>>(), had);
     assert!(sent + 10 - device.history().len() <= sent - 20, "what was accepted before anyone left has arrived");
+    after_lost_data(&stack).await;
 }
 
 /// Row 20, with the setting that deploy/redis recommends: a master that has lost its replica refuses, so nothing is accepted that
@@ -409,6 +415,7 @@ async fn a_master_that_is_cut_off_accepts_nothing_with_min_replicas() {
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(Watched::head(&watched.master, &stack, &app), old_head, "the old one accepted nothing");
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
+    after_lost_data(&stack).await;
 }
 
 /// Row 20, by hand, and without Sentinels: the master is made a replica of one that is behind, loses what that one has not, and
@@ -455,6 +462,7 @@ async fn a_master_demoted_and_promoted_by_hand() {
     device.collect(27, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
+    after_lost_data(&stack).await;
 }
 
 /// Sentinels that ask for a password of their own, which is not the master's.
@@ -481,6 +489,7 @@ async fn sentinels_with_a_password() {
     amqp.accepted(&request(app, "end")).await;
     assert_eq!(device.contents_up_to("end").await, ["end"]);
     assert!(!worker.output().contains("sesame") && !node.output().contains("sesame"));
+    after_lost_data(stack).await;
 }
 
 /// Rows 17, 18 and 23, by what lies between: connections that end, that swallow everything, that swallow the answers only, and
@@ -525,4 +534,5 @@ async fn a_network_that_misbehaves_before_redis_loses_and_doubles_nothing() {
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
     assert_eq!(worker.metric("broadcastd_requests_held").await, 0.0);
+    after_row(&Stack { redis_url: redis.url(), ..stack }).await;
 }

@@ -6,6 +6,7 @@ use futures_util::future::join_all;
 use lapin::BasicProperties;
 use serde_json::Value;
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
@@ -59,6 +60,7 @@ async fn rabbitmq_restarted_under_load_loses_nothing() {
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
     assert_eq!(amqp.ready("broadcast.requests").await, 0);
+    after_row(&stack).await;
 }
 
 /// Row 10: the server ends the consumer while the connection looks healthy. The worker rebuilds within seconds.
@@ -79,6 +81,7 @@ async fn a_deleted_queue_is_declared_anew() {
     assert!(rebuilt < Duration::from_secs(10), "{rebuilt:?} are not seconds");
     assert_eq!(device.contents_up_to("after").await, ["before", "after"]);
     assert!(worker.metric("broadcastd_worker_sessions_total").await > 1.0);
+    after_row(&stack).await.device(device.history(), Must::Everything, 0).unwrap();
 }
 
 /// Row 10: a worker that may not declare can only wait for its queue; readiness says so until it is back.
@@ -101,6 +104,7 @@ async fn a_worker_without_its_queue_is_not_ready_until_it_is_back() {
     amqp.accepted(&request(&app, "after")).await;
     assert_eq!(device.contents_up_to("after").await, ["before", "after"]);
     assert_eq!(worker.pid(), pid, "it did so unaided");
+    after_row(&stack).await.device(device.history(), Must::Everything, 0).unwrap();
 }
 
 /// Row 27: devices of a killed node go on at their cursor on another one.
@@ -132,6 +136,7 @@ async fn devices_of_a_killed_node_go_on_elsewhere_at_their_cursor() {
     for device in &devices {
         checker.device(device.history(), Must::Everything, 0).unwrap();
     }
+    after_row(&stack).await;
 }
 
 /// Row 29, small: a device that does not read holds nobody up, and has everything when it reads.
@@ -154,6 +159,7 @@ async fn a_device_that_stops_reading_holds_nobody_up() {
     checker.device(reader.history(), Must::Everything, 0).unwrap();
     sleeper.follow(std::slice::from_ref(&url), 500, SOON * 2).await;
     checker.device(sleeper.history(), Must::Everything, 0).unwrap();
+    after_row(&stack).await;
 }
 
 /// Row 11: the API says 503 and that nothing was sent, and takes calls again when the alarm is over.
@@ -191,6 +197,7 @@ async fn while_the_broker_takes_no_publishes_the_api_says_503() {
     api.wait_ready().await;
     sender.broadcast("end", false).await;
     assert_eq!(device.contents_up_to("end").await, ["before", "while blocked", "end"]);
+    after_row(&stack).await.device(device.history(), Must::Everything, 0).unwrap();
 }
 
 /// Row 11: what was queued before the alarm is decided, delivered and acknowledged during it. Only the replies are lost, and
@@ -232,6 +239,7 @@ async fn while_the_broker_takes_no_publishes_the_queue_is_worked_off() {
     checker.device(device.history(), Must::Everything, 0).unwrap();
     // The malformed one was set aside by the broker itself, which can do so while it takes no publishes.
     assert_eq!(amqp.dead_letter().await.payload, b"malformed");
+    after_row(&stack).await;
 }
 
 /// Row 15: nothing comes back on connections that look alive. Worker and API notice by the heartbeat, and go on by themselves.
@@ -284,6 +292,7 @@ async fn a_broker_behind_a_black_hole_is_noticed_by_the_heartbeat() {
     sender.broadcast("end", false).await;
     device.collect(102, SOON).await;
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
+    after_row(&stack).await.device(device.history(), Must::Everything, 0).unwrap();
 }
 
 /// Row 15: the same for a broker that is frozen as a whole.
@@ -304,4 +313,5 @@ async fn a_frozen_rabbitmq_is_noticed_and_survived() {
     api.wait_ready().await;
     Api::new(&api.api_url(), &app).broadcast("end", false).await;
     assert_eq!(device.contents_up_to("end").await, ["before", "end"]);
+    after_row(&stack).await.device(device.history(), Must::Everything, 0).unwrap();
 }

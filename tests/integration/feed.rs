@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::support::after_row::{after_row, after_row_with_log};
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
@@ -58,6 +59,7 @@ async fn the_last_broadcast_arrives_within_one_renewal_though_its_publish_was_lo
     amqp.accepted(&request(&app, "end")).await;
     assert_eq!(device.contents_up_to("end").await.len(), 1);
     assert_eq!(node.metric("broadcastd_envelopes_total").await, 2.0);
+    after_row(&stack).await;
 }
 
 const SOME_LOST: &str = "feed::message=5*off->3*return(skip)->7*off->20*return(skip)->30*off->1*return(skip)->off";
@@ -78,6 +80,7 @@ async fn lost_publishes_in_a_stream_are_read_from_the_log() {
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(node.metric("broadcastd_envelopes_total").await, 276.0, "24 were lost");
     assert!(node.metric("broadcastd_backfills_total").await > 0.0);
+    after_row(&stack).await;
 }
 
 async fn wait_for_subscribers(redis: &Redis, wanted: usize) {
@@ -117,6 +120,7 @@ async fn a_node_whose_subscription_was_killed_misses_nothing() {
     node.resume();
     device.collect(201, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
+    after_row(&stack).await;
 }
 
 /// Row 23, the real thing: a node that stands still while more is published to it than Redis is willing to keep for it.
@@ -152,6 +156,7 @@ async fn a_node_that_redis_cut_off_for_its_output_buffer_misses_nothing() {
     checker.device(&device.history()[1..], Must::Everything, 0).unwrap();
     assert_eq!(node.metric("broadcastd_lost_envelopes_total").await, 0.0);
     println!("cut off after at most {sent} envelopes of 16 KiB");
+    after_row(&stack).await;
 }
 
 /// Row 26: cut off while more is accepted than the log keeps.
@@ -205,4 +210,5 @@ async fn what_the_log_has_let_go_is_recovered_if_retained_and_else_counted() {
     println!("{gone} of 500 were gone, {lost} were counted");
     assert_eq!(lost, gone as f64);
     assert!(node.output().contains("broadcasts are gone from the log"), "loudly");
+    after_row_with_log(&stack, 50).await;
 }

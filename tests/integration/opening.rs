@@ -5,6 +5,7 @@ use std::cell::Cell;
 use futures_util::future::join_all;
 use serde_json::Value;
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
@@ -59,6 +60,7 @@ async fn published_between_subscribing_and_the_snapshot() {
     check(&mut device, &requests, &replies).await;
     amqp.accepted(&request(&app, "end")).await;
     assert_eq!(device.contents_up_to("end").await, ["end"]);
+    after_row(&stack).await;
 }
 
 /// Row 25: the node has the lease, and its snapshot is on the way for seconds while what is published arrives.
@@ -103,6 +105,7 @@ async fn published_between_the_snapshot_and_going_live() {
     assert_eq!(node.metric("broadcastd_backfills_total").await, 0.0, "what was held back needs no look at the log");
     amqp.accepted(&request(&app, "end")).await;
     assert_eq!(device.contents_up_to("end").await, ["end"]);
+    after_row(&stack).await;
 }
 
 /// Row 25, without a stop: first devices of many apps log in while a burst is being sent.
@@ -143,6 +146,7 @@ async fn first_devices_that_log_in_during_a_burst_miss_nothing() {
     }
     assert!(amid >= 4, "only {amid} of 48 logins were in the middle of their burst");
     println!("{amid} of 48 logins were in the middle of their burst");
+    after_row(&stack).await;
 }
 
 /// Row 25, the other way round: the app is given up and opened again while broadcasts come.
@@ -175,4 +179,5 @@ async fn an_app_that_is_given_up_and_opened_again_misses_nothing() {
             until("without a lease", SOON, left).await;
         }
     }
+    after_row(&stack).await;
 }

@@ -1,6 +1,7 @@
 //! Redis killed, frozen, forgetful of scripts, and full: what is held, and that nothing happens twice. `tests/faults` has the
 //! long ones.
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
@@ -67,6 +68,7 @@ async fn redis_killed_and_restarted_on_its_file_loses_nothing() {
     checker.device(late.history(), Must::RetainedUpTo(late.head()), 0).unwrap();
     amqp.accepted(&request(&app, "end")).await;
     assert_eq!(device.contents_up_to("end").await, ["end"]);
+    after_row(&stack).await;
 }
 
 /// Row 18, until the first timeout: `tests/faults` freezes for ten seconds under load.
@@ -92,6 +94,7 @@ async fn a_frozen_redis_has_no_double_effect() {
     device.collect(100, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(amqp.request(&request(&app, "one more")).await["code"], 416, "the quota was charged for 100");
+    after_row(&stack).await;
 }
 
 /// Row 21: under load, and for every script.
@@ -139,6 +142,7 @@ async fn a_script_flush_is_not_noticed() {
     assert_eq!(worker.metric("broadcastd_ledger_retries_total").await, 0.0);
     assert_eq!(readiness.unwrap().0, 200);
     assert!(!node.output().contains("serving from memory"), "no call of the node has failed");
+    after_row(&stack).await;
 }
 
 /// Every key of the app with a hash of what it holds.
@@ -205,4 +209,5 @@ async fn redis_out_of_memory_holds_requests_until_there_is_room() {
     assert_eq!(late.contents_up_to("there is room").await.len(), 1);
     amqp.accepted(&numbered(&app, 300)).await;
     assert_eq!(device.contents_up_to("number 300").await.len(), 1);
+    after_row(&stack).await;
 }

@@ -4,6 +4,7 @@ use lapin::BasicProperties;
 use serde_json::{Value, json};
 
 use crate::support::SOON;
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::App;
 use crate::support::device::Device;
 use crate::support::sender::{request, retained};
@@ -154,6 +155,7 @@ async fn every_bad_request_is_answered_with_its_code_and_the_next_one_is_handled
         amqp.accepted(&request(&app, "good")).await;
     }
     assert!(!worker.output().contains("panicked"), "{}", worker.output());
+    after_row(&stack).await;
 }
 
 #[tokio::test]
@@ -181,4 +183,5 @@ async fn every_bad_request_that_nobody_waits_for_is_a_dead_letter_with_its_reaso
     // Foreign input is never logged raw.
     let output = worker.output();
     assert!(!output.contains("symbian") && !output.contains("[[[["), "{output}");
+    after_row(&stack).await;
 }

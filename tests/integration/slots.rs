@@ -3,6 +3,7 @@
 use futures_util::future::join_all;
 use serde_json::Value;
 
+use crate::support::after_row::{after_lost_data, after_row};
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
@@ -91,6 +92,7 @@ async fn a_slot_that_moves_under_load_loses_and_doubles_nothing() {
     // Nothing was lost, so nothing is to be made up for: ids have not jumped, nothing was written back.
     assert_eq!(node.metric("broadcastd_restored_total").await, 0.0);
     assert_eq!(node.metric("broadcastd_lost_envelopes_total").await, 0.0);
+    after_row(&stack).await;
 }
 
 fn is_retained(content: &str) -> bool {
@@ -147,6 +149,7 @@ async fn a_cluster_master_back_without_its_tail_before_anyone_notices() {
     checker.all_accepted(&after, &replies);
     device.collect(27, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
+    after_lost_data(&stack).await;
 }
 
 /// Row 20 in a cluster: the cluster itself promotes a replica that is behind.
@@ -195,4 +198,5 @@ async fn a_cluster_replica_promoted_while_behind() {
     late.collect(9, SOON).await;
     checker.device(late.history(), Must::RetainedUpTo(late.head()), joined_ms).unwrap();
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
+    after_lost_data(&stack).await;
 }

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 
+use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
+use crate::support::checker::Must;
 use crate::support::device::{Device, token};
 use crate::support::fleet::{HANDSHAKE, masked};
 use crate::support::sender::request;
@@ -173,6 +175,7 @@ async fn each_breach_of_the_protocol_has_its_close_code_and_the_neighbour_notice
     assert_eq!(node.metric("broadcastd_sessions").await, 1.0, "only the neighbour is left");
     amqp.accepted(&request(&app, "end")).await;
     assert_eq!(neighbour.contents_up_to("end").await, ["end"]);
+    after_row(&stack).await.device(neighbour.history(), Must::Everything, 0).unwrap();
 }
 
 /// Row 30: requests that are none, and those who take their time.
@@ -230,6 +233,7 @@ async fn bad_and_slow_handshakes_are_answered_or_closed_in_time() {
     let amqp = stack.amqp().await;
     amqp.accepted(&request(&app, "end")).await;
     assert_eq!(neighbour.contents_up_to("end").await, ["end"]);
+    after_row(&stack).await.device(neighbour.history(), Must::Everything, 0).unwrap();
 }
 
 /// The pace of one who sends a byte at a time: a whole handshake would take half a minute.

@@ -8,6 +8,7 @@ use broadcastd::broadcast::envelope::{Content, Envelope, broadcast, history, rec
 use broadcastd::broadcast::request::Request;
 use serde_json::{Value, json};
 
+use crate::support::after_row::after_lost_data;
 use crate::support::broadcastd::{App, Process};
 use crate::support::device::Device;
 use crate::support::redis::Redis;
@@ -98,6 +99,8 @@ async fn what_version_1_stored_in_redis_is_served_on() {
     load(Redis::shared(), &stack, &app, "redis.jsonl");
     let (_worker, node, api) = tokio::join!(stack.worker(), stack.node(), stack.api());
     assert_served(&node.device_url(), &api, &app, NEWEST - 3).await;
+    // What stands in the log, and was never charged, nobody of ours has sent.
+    after_lost_data(&stack).await;
 }
 
 /// The same for the file of the embedded store.
@@ -199,4 +202,5 @@ async fn what_a_newer_worker_writes_is_read_or_skipped_without_harm_to_its_neigh
     assert!(!ids.contains(&&json!(skipped)) && !ids.contains(&&json!(alike)), "{listed}");
     assert!(listed.to_string().contains("new fields"), "{listed}");
     assert_eq!(worker.metric("broadcastd_worker_sessions_total").await, 1.0);
+    after_lost_data(&stack).await;
 }

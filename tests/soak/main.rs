@@ -28,6 +28,7 @@ use installation::Installation;
 use load::{DEDUPE_SECONDS, Load, Use};
 use support::audit::{Audit, Rules};
 use support::broadcastd::App;
+use support::journal::Journal;
 use support::now_ms;
 use support::stored::{self, Stored};
 
@@ -93,7 +94,7 @@ impl Soak {
 }
 
 async fn soak(time: Duration, seed: u64) -> u64 {
-    let named = |name: &str, app: App| App { key: format!("{name}-{}", app.key), ..app };
+    let named = |name: &str, app: App| App { key: format!("{name}-{}", app.key), journal: Journal::off(), ..app };
     let apps = vec![
         (named("busy", App::unlimited()), Use::Busy),
         (named("kept", App::unlimited()), Use::Kept),

@@ -9,6 +9,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::guard::{Guarded, folder};
+use super::journal::Journal;
 use super::{SOON, ports, unique, until};
 
 /// An app of the settings.
@@ -24,13 +25,16 @@ pub struct App {
     pub per_minute: u32,
     /// The limit in a day.
     pub per_day: u32,
+    /// What its senders sent and were told.
+    pub journal: Journal,
 }
 
 impl App {
     /// An app with the default limits and a key of its own.
     pub fn new() -> Self {
         let key = unique("app");
-        Self { secret: format!("secret-of-{key}"), key, broadcast: true, per_minute: 10, per_day: 1000 }
+        let journal = Journal::default();
+        Self { secret: format!("secret-of-{key}"), key, broadcast: true, per_minute: 10, per_day: 1000, journal }
     }
 
     /// An app with limits that no test meets.
@@ -44,7 +48,7 @@ impl App {
     }
 
     fn toml(&self) -> String {
-        let Self { key, secret, broadcast, per_minute, per_day } = self;
+        let Self { key, secret, broadcast, per_minute, per_day, journal: _ } = self;
         format!(
             "[[apps]]\nkey = \"{key}\"\nsecret = \"{secret}\"\nbroadcast = {broadcast}\nper_minute = {per_minute}\n\
              per_day = {per_day}\n\n"

@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use serde_json::Value;
 
 use super::device::Arrival;
-use super::sender::DeadLetter;
+use super::journal::{Attempt, Journal};
+use super::sender::{ANONYMOUS, DeadLetter};
 use super::stored::Stored;
 
 /// What the sender was told of one accepted request.
@@ -23,7 +24,12 @@ struct Accepted {
 /// Collects what was seen; every method that finds an invariant broken says so as a sentence.
 #[derive(Debug, Default)]
 pub struct Checker {
+    /// Every request that was sent: how often, and how many of those times its sender was told no (or that nothing was sent).
+    attempts: BTreeMap<String, Attempts>,
+    /// Those that certainly arrived where they are decided.
     sent: BTreeSet<String>,
+    /// Those whose sender was told 416.
+    refused: BTreeSet<String>,
     accepted: BTreeMap<String, Accepted>,
     /// What was asked with an accepted request id.
     asked: BTreeMap<String, Value>,
@@ -31,6 +37,12 @@ pub struct Checker {
     /// By app and id: which request.
     by_id: BTreeMap<(String, u64), String>,
     recalled: BTreeSet<u64>,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Attempts {
+    made: usize,
+    told_no: usize,
 }
 
 /// What a device ought to have had.
@@ -57,42 +69,84 @@ const MAX_RETAINED: usize = 100;
 const MARGIN_MS: u64 = 1000;
 const DAY_MS: u64 = 86_400_000;
 
+/// What the ledger compares of two requests with the same id, as far as the tests use it.
+fn content(request: &Value) -> Vec<Value> {
+    let mut fields =
+        ["appKey", "from", "body", "ttl", "ttlSeconds", "targetOs"].map(|name| request[name].clone()).to_vec();
+    fields.push((request["isOffline"] == true).into());
+    fields
+}
+
 fn app_of(request: &Value) -> String {
     request["appKey"].as_str().unwrap_or_default().to_owned()
 }
 
 impl Checker {
-    /// Notes that a request was taken by the broker.
+    /// Notes that a request was sent, and taken by the broker; once for each time.
     pub fn sent(&mut self, request: &Value) {
-        self.sent.insert(request["requestId"].as_str().unwrap().to_owned());
+        let request_id = request["requestId"].as_str().unwrap();
+        self.attempts.entry(request_id.to_owned()).or_default().made += 1;
+        self.sent.insert(request_id.to_owned());
     }
 
-    /// Notes a verdict. The same request may have several; once accepted they must be the same (I1, I6). The answers 500 and
-    /// 503 of the API are no verdicts: the one leaves the request open, with the other nothing was sent.
+    /// Notes everything that the journal of an app says, in the order in which it was sent.
+    pub fn journal(&mut self, journal: &Journal) -> Result<(), String> {
+        journal.recalls().into_iter().for_each(|id| self.recalled(id));
+        journal.attempts().iter().try_for_each(|attempt| self.attempt(attempt))?;
+        journal.dead_letters().iter().for_each(|id| self.dead_lettered(id));
+        Ok(())
+    }
+
+    /// Notes one attempt and all that was told of it, which must be one verdict (I6).
+    fn attempt(&mut self, attempt: &Attempt) -> Result<(), String> {
+        let request_id = attempt.request["requestId"].as_str().unwrap();
+        let said = |reply: &Value| (reply["code"].clone(), reply["msg"].clone());
+        if let Some(other) = attempt.told.iter().find(|reply| said(reply) != said(&attempt.told[0])) {
+            return Err(format!("{request_id} was sent once and told {} and {other}", attempt.told[0]));
+        }
+        let attempts = self.attempts.entry(request_id.to_owned()).or_default();
+        attempts.made += 1;
+        let told_no = attempt.told.iter().any(|reply| ![Some(200), Some(500)].contains(&reply["code"].as_u64()));
+        attempts.told_no += usize::from(told_no);
+        if attempt.taken {
+            self.sent.insert(request_id.to_owned());
+        }
+        attempt.told.iter().try_for_each(|reply| self.verdict(&attempt.request, reply))
+    }
+
+    /// Notes a verdict. The same request may have several; once accepted they must be the same (I1, I6). Refused first and then
+    /// accepted is for those only that were sent again. The answers 500 and 503 of the API are no verdicts: the one leaves the
+    /// request open, with the other nothing was sent.
     pub fn verdict(&mut self, request: &Value, reply: &Value) -> Result<(), String> {
         let request_id = request["requestId"].as_str().unwrap().to_owned();
         match reply["code"].as_u64() {
-            Some(503) => return Ok(()),
+            Some(503) | None => return Ok(()),
             Some(500) => {
                 self.sent.insert(request_id);
                 return Ok(());
             }
             _ => {}
         }
-        self.sent.insert(request_id.clone());
         self.ended.insert(request_id.clone());
         let asked_before = self.asked.get(&request_id);
         if reply["code"] != 200 {
             // Another content under the same id is malformed, and only that.
+            if reply["code"] == 416 {
+                self.refused.insert(request_id.clone());
+            }
             return match asked_before {
-                Some(before) if reply["code"] != 414 || before == request => {
+                Some(before) if reply["code"] != 414 || content(before) == content(request) => {
                     Err(format!("{request_id} was accepted and then {reply}"))
                 }
                 _ => Ok(()),
             };
         }
-        if asked_before.is_some_and(|before| before != request) {
+        if asked_before.is_some_and(|before| content(before) != content(request)) {
             return Err(format!("{request_id} was accepted with another content before: {reply}"));
+        }
+        let made = self.attempts.get(&request_id).map_or(0, |attempts| attempts.made);
+        if self.refused.contains(&request_id) && !self.accepted.contains_key(&request_id) && made < 2 {
+            return Err(format!("{request_id} was refused and then accepted, and sent {made} times: {reply}"));
         }
         self.asked.insert(request_id.clone(), request.clone());
         let targets = request["targetOs"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -195,9 +249,49 @@ impl Checker {
         Ok(())
     }
 
-    /// I1, the quota charged once; I2, what was accepted stands in the log; I4, what is retained: against what Redis holds of an
-    /// app at `now_ms`. Every accepted request of the app must be known here, and be within the log's length.
-    pub fn stored(&self, app: &str, stored: &Stored, now_ms: u64) -> Result<(), String> {
+    /// I1: in the log each request stands once, as what its sender was told; one that was refused each time that it was sent does
+    /// not. What nobody was told of is noted as accepted, which is an end.
+    fn logged(&mut self, app: &str, envelope: &Value) -> Result<(), String> {
+        let id = envelope["id"].as_u64().ok_or_else(|| format!("{app}: no id in {envelope}"))?;
+        let request_id = envelope["requestId"].as_str().unwrap_or_default();
+        let attempts = self.attempts.get(request_id).copied().unwrap_or_default();
+        match (self.by_id.get(&(app.to_owned(), id)), self.accepted.get(request_id)) {
+            (Some(known), _) if known == request_id || known.starts_with(ANONYMOUS) => return Ok(()),
+            (Some(known), _) => {
+                return Err(format!("{app}: {id} is {request_id} in the log, and {known} to its sender"));
+            }
+            (None, Some(told)) => {
+                return Err(format!("{app}: {request_id} was accepted as {id}, and its sender told {}", told.id));
+            }
+            (None, None) if attempts.made == 0 => return Err(format!("{app}: {request_id} ({id}) was sent by nobody")),
+            (None, None) if attempts.told_no == attempts.made => {
+                return Err(format!("{app}: {request_id} was told each time that it is refused, and sent as {id}"));
+            }
+            (None, None) => {}
+        }
+        let strings = |value: &Value| -> Vec<String> { serde_json::from_value(value.clone()).unwrap_or_default() };
+        let accepted = Accepted {
+            id,
+            time_ms: envelope["time"].as_u64().unwrap_or_default(),
+            expires_ms: envelope["expires"].as_u64().filter(|at| *at > 0),
+            body: envelope["body"].as_str().unwrap_or_default().to_owned(),
+            targets: strings(&envelope["targetOs"]),
+        };
+        self.ended.insert(request_id.to_owned());
+        self.by_id.insert((app.to_owned(), id), request_id.to_owned());
+        self.accepted.insert(request_id.to_owned(), accepted);
+        Ok(())
+    }
+
+    /// I1, accepted once and the quota charged once; I2, what was accepted stands in the log; I4, what is retained: against what
+    /// Redis holds of an app at `now_ms`. Everything that was sent for the app must be known here. `log_keeps`: how many entries
+    /// the log has at the least, if so many were accepted.
+    pub fn stored(&mut self, app: &str, stored: &Stored, log_keeps: usize, now_ms: u64) -> Result<(), String> {
+        stored.broadcasts.iter().try_for_each(|envelope| self.logged(app, envelope))?;
+        self.held(app, stored, log_keeps, now_ms)
+    }
+
+    fn held(&self, app: &str, stored: &Stored, log_keeps: usize, now_ms: u64) -> Result<(), String> {
         let of_day = |day: u64| self.of_app(app).filter(|(_, _, accepted)| accepted.time_ms / DAY_MS == day).count();
         if let Some((day, charged)) = stored.day
             && of_day(day) as u64 != charged
@@ -216,7 +310,8 @@ impl Checker {
             return Err(format!("{app}: an id stands twice in the log"));
         }
         let is_lost = |id: &u64| !logged.contains(id) && !self.recalled.contains(id);
-        if let Some((id, request_id, _)) = self.of_app(app).find(|(id, ..)| is_lost(id)) {
+        let newest = self.of_app(app).skip(self.of_app(app).count().saturating_sub(log_keeps));
+        if let Some((id, request_id, _)) = newest.into_iter().find(|(id, ..)| is_lost(id)) {
             return Err(format!("{app}: {request_id} was accepted as {id}, which is not in the log"));
         }
         if stored.retained.len() > MAX_RETAINED {
@@ -414,6 +509,13 @@ mod tests {
         expect(accepted().verdict(&other, &reply(1)), "another content before");
         // "Unknown" and "nothing was sent" are no verdicts.
         expect(accepted().verdict(&asked, &code(500)), "");
+        // Refused, and accepted when it was sent again; not by itself.
+        for (sent, flaw) in [(1, "refused and then accepted, and sent 1 times"), (2, "")] {
+            let mut checker = Checker::default();
+            (0..sent).for_each(|_| checker.sent(&asked));
+            checker.verdict(&asked, &code(416)).unwrap();
+            expect(checker.verdict(&asked, &reply(1)), flaw);
+        }
         let mut checker = Checker::default();
         checker.verdict(&asked, &code(503)).unwrap();
         checker.every_request_ended().unwrap();
@@ -459,26 +561,72 @@ mod tests {
             day: Some((0, 120)),
             minute: Some((120, 61)),
             log: (1..=120).collect(),
+            broadcasts: Vec::new(),
         };
         let check = |change: fn(&mut Stored)| {
             let mut stored = whole.clone();
             change(&mut stored);
-            hour(120).stored("a", &stored, 121_000)
+            hour(120).stored("a", &stored, 120, 121_000)
         };
         expect(check(|_| {}), "");
         expect(check(|stored| stored.day = Some((0, 121))), "121 were charged on day 0");
         expect(check(|stored| stored.minute = Some((120, 62))), "62 were charged in the last minute");
         expect(check(|stored| stored.log.retain(|id| *id != 4)), "which is not in the log");
+        let mut trimmed = whole.clone();
+        trimmed.log.retain(|id| *id > 20);
+        expect(hour(120).stored("a", &trimmed, 100, 121_000), "");
+        expect(hour(120).stored("a", &trimmed, 101, 121_000), "r20 was accepted as 20, which is not in the log");
         expect(check(|stored| stored.log.push(120)), "twice");
         expect(check(|stored| stored.retained.retain(|id, _| *id != 30)), "30 is valid and not retained");
         expect(check(|stored| stored.retained.extend([(20, 3_620_000)])), "101 are retained");
         let mut changed = whole.clone();
         changed.retained.remove(&21);
         changed.retained.insert(20, 3_620_000);
-        expect(hour(120).stored("a", &changed, 121_000), "21 is valid");
+        expect(hour(120).stored("a", &changed, 120, 121_000), "21 is valid");
         let mut checker = hour(120);
         checker.recalled(120);
-        expect(checker.stored("a", &whole, 121_000), "20 is valid");
+        expect(checker.stored("a", &whole, 120, 121_000), "20 is valid");
+    }
+
+    #[test]
+    fn the_log_is_held_against_what_was_sent_and_told() {
+        let request = |id: &str| json!({"requestId": id, "appKey": "a", "body": "body"});
+        let told = |id: &str, told: &[Value]| Attempt { request: request(id), taken: true, told: told.to_vec() };
+        let code = |code: u64| json!({ "code": code });
+        let check = |attempts: &[Attempt], log: &[(u64, &str)]| {
+            let mut checker = Checker::default();
+            attempts.iter().try_for_each(|attempt| checker.attempt(attempt))?;
+            let envelope =
+                |(id, request): &(u64, &str)| json!({"id": id, "requestId": request, "expires": 0, "time": 1});
+            let stored = Stored {
+                log: log.iter().map(|(id, _)| *id).collect(),
+                broadcasts: log.iter().map(envelope).collect(),
+                ..Stored::default()
+            };
+            checker.stored("a", &stored, 100, 1)?;
+            checker.every_request_ended()
+        };
+        expect(check(&[told("r", &[reply(1)])], &[(1, "r")]), "");
+        // Accepted, and nobody was told.
+        expect(check(&[told("r", &[])], &[(1, "r")]), "");
+        expect(check(&[told("r", &[])], &[]), "without an end: [\"r\"]");
+        expect(check(&[told("r", &[reply(1)])], &[(1, "r"), (2, "r")]), "r was accepted as 2, and its sender told 1");
+        expect(check(&[told("r", &[])], &[(1, "r"), (2, "r")]), "r was accepted as 2, and its sender told 1");
+        expect(check(&[told("r", &[reply(1)])], &[(1, "s")]), "is s in the log, and r to its sender");
+        expect(check(&[told("anonymous-1", &[reply(1)])], &[(1, "s")]), "");
+        expect(check(&[], &[(1, "r")]), "sent by nobody");
+        for no in [414, 416, 503] {
+            expect(check(&[told("r", &[code(no)])], &[(1, "r")]), "refused, and sent as 1");
+        }
+        expect(check(&[told("r", &[code(416)]), told("r", &[])], &[(1, "r")]), "");
+        expect(check(&[told("r", &[code(416)]), told("r", &[reply(1)])], &[(1, "r")]), "");
+        expect(check(&[told("r", &[code(416), reply(1)])], &[(1, "r")]), "sent once and told");
+        expect(check(&[told("r", &[reply(1), reply(2)])], &[(1, "r")]), "sent once and told");
+        expect(check(&[told("r", &[reply(1), reply(1)])], &[(1, "r")]), "");
+        // Of a call that says "unknown" an end is wanted; where nothing was sent, none.
+        expect(check(&[told("r", &[code(500)])], &[]), "without an end");
+        let nothing = Attempt { taken: false, ..told("r", &[code(503)]) };
+        expect(check(&[nothing], &[]), "");
     }
 
     #[test]

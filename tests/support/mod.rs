@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "a toolbox: not every test module uses every tool")]
 
+pub mod after_row;
 pub mod audit;
 pub mod broadcastd;
 pub mod certificates;
@@ -10,6 +11,7 @@ pub mod clock;
 pub mod device;
 pub mod fleet;
 pub mod guard;
+pub mod journal;
 pub mod load;
 pub mod ports;
 pub mod proxy;

@@ -17,6 +17,7 @@ use sha1::{Digest, Sha1};
 use tokio::sync::Notify;
 
 use super::broadcastd::App;
+use super::journal::Journal;
 use super::rabbitmq::{ADMINISTRATOR, as_user};
 use super::{SOON, now_ms, unique, until};
 
@@ -35,6 +36,8 @@ pub fn retained(app: &App, body: &str) -> Value {
 #[derive(Debug, Default)]
 struct Replies {
     by_correlation: Mutex<HashMap<String, Vec<Value>>>,
+    /// Where to note what is told with a correlation id: the journal, and the attempt.
+    noted: Mutex<HashMap<String, (Journal, usize)>>,
     arrived: Notify,
 }
 
@@ -45,6 +48,7 @@ pub struct Amqp {
     channel: Channel,
     reply_queue: String,
     replies: Arc<Replies>,
+    journals: HashMap<String, Journal>,
 }
 
 /// A message of the dead-letter queue.
@@ -82,13 +86,39 @@ impl Amqp {
         tokio::spawn(async move {
             while let Some(Ok(delivery)) = consumer.next().await {
                 let correlation = delivery.properties.correlation_id().as_ref().expect("a correlation id");
-                let reply = serde_json::from_slice(&delivery.data).expect("a reply is JSON");
+                let reply: Value = serde_json::from_slice(&delivery.data).expect("a reply is JSON");
+                if let Some((journal, attempt)) = arriving.noted.lock().unwrap().get(correlation.as_str()) {
+                    journal.told(*attempt, &reply);
+                }
                 let mut replies = arriving.by_correlation.lock().unwrap();
                 replies.entry(correlation.as_str().to_owned()).or_default().push(reply);
                 arriving.arrived.notify_waiters();
             }
         });
-        Self { connection, channel, reply_queue, replies }
+        Self { connection, channel, reply_queue, replies, journals: HashMap::new() }
+    }
+
+    /// The same; what it sends for these apps, and what it is told of it, is noted in their journals.
+    pub fn noting(mut self, apps: &[App]) -> Self {
+        self.journals = apps.iter().map(|app| (app.key.clone(), app.journal.clone())).collect();
+        self
+    }
+
+    /// Notes what is about to be sent, if it says which request of which of the apps it is.
+    fn note(&self, payload: &[u8], properties: &BasicProperties) -> Option<(Journal, usize)> {
+        // Nothing that is larger than this is a request.
+        let mut request: Value = serde_json::from_slice(payload.get(..payload.len().min(1 << 17))?).ok()?;
+        let journal = self.journals.get(request["appKey"].as_str()?)?;
+        if request["requestId"].is_null() {
+            request["requestId"] = properties.message_id().as_ref()?.as_str().into();
+        }
+        request["requestId"].as_str()?;
+        let noted = (journal.clone(), journal.sending(request));
+        let is_own = properties.reply_to().as_ref().is_some_and(|queue| queue.as_str() == self.reply_queue);
+        if let (true, Some(correlation)) = (is_own, properties.correlation_id()) {
+            self.replies.noted.lock().unwrap().insert(correlation.as_str().to_owned(), noted.clone());
+        }
+        Some(noted)
     }
 
     /// Puts a message on the queue of requests and waits for the broker to have it.
@@ -99,12 +129,19 @@ impl Amqp {
     /// The same; a sentence if the broker did not take it, or had no queue for it.
     pub async fn try_publish(&self, payload: &[u8], properties: BasicProperties) -> Result<(), String> {
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let noted = self.note(payload, &properties);
         let sent = self.channel.basic_publish("broadcast".into(), "request".into(), options, payload, properties).await;
         let confirmation = sent.map_err(|error| error.to_string())?.await.map_err(|error| error.to_string())?;
         if !confirmation.is_ack() {
             return Err("the broker did not take it".to_owned());
         }
-        confirmation.take_message().map_or(Ok(()), |_| Err("no queue takes requests".to_owned()))
+        if confirmation.take_message().is_some() {
+            return Err("no queue takes requests".to_owned());
+        }
+        if let Some((journal, attempt)) = noted {
+            journal.taken(attempt);
+        }
+        Ok(())
     }
 
     /// Sends it without a wish for a reply.
@@ -172,6 +209,12 @@ impl Amqp {
             let message = self.channel.basic_get("broadcast.dead".into(), BasicGetOptions::default()).await;
             let message = message.map_err(|error| error.to_string())?.ok_or("the queue is empty")?;
             message.acker.ack(BasicAckOptions::default()).await.map_err(|error| error.to_string())?;
+            if let Ok(request) = serde_json::from_slice::<Value>(&message.delivery.data)
+                && let (Some(app), Some(id)) = (request["appKey"].as_str(), request["requestId"].as_str())
+                && let Some(journal) = self.journals.get(app)
+            {
+                journal.dead(id);
+            }
             let headers = message.delivery.properties.headers().clone().unwrap_or_default();
             let headers = headers.inner().iter().map(|(name, value)| (name.as_str().to_owned(), text(value)));
             let has_expiration = message.delivery.properties.expiration().is_some();
@@ -257,12 +300,30 @@ pub struct Api {
     url: String,
     key: String,
     secret: String,
+    journal: Journal,
 }
+
+/// A call as the request that the API makes of it; an id is made up for one that gives none.
+fn as_request(key: &str, form: &[(String, String)]) -> Value {
+    let mut request = json!({ "requestId": unique(ANONYMOUS), "appKey": key });
+    for (name, value) in form {
+        request[name] = match name.as_str() {
+            "isOffline" | "ttl" | "ttlSeconds" | "targetOs" => {
+                serde_json::from_str(value).unwrap_or_else(|_| value.as_str().into())
+            }
+            _ => value.as_str().into(),
+        };
+    }
+    request
+}
+
+/// How the made-up ids of calls begin that gave none.
+pub const ANONYMOUS: &str = "anonymous";
 
 impl Api {
     /// `url` ends in `/nimserver`.
     pub fn new(url: &str, app: &App) -> Self {
-        Self { url: url.to_owned(), key: app.key.clone(), secret: app.secret.clone() }
+        Self { url: url.to_owned(), key: app.key.clone(), secret: app.secret.clone(), journal: app.journal.clone() }
     }
 
     /// Calls `path` (`msg/broadcastMsg.action`) with a form; the answer's JSON.
@@ -293,6 +354,10 @@ impl Api {
         let url = format!("{}/{path}", self.url);
         let Signature { nonce, time, check_sum } = signature.clone();
         let form: Vec<(String, String)> = form.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect();
+        let sending = (path == "msg/broadcastMsg.action").then(|| self.journal.sending(as_request(&self.key, &form)));
+        let deleting =
+            form.iter().find(|(name, _)| name == "broadcastId" && path.ends_with("/delBroadcastMsgById.action"));
+        let deleting = deleting.and_then(|(_, id)| id.parse().ok());
         let key = self.key.clone();
         let call = move || {
             let agent: ureq::Agent = ureq::Agent::config_builder()
@@ -311,7 +376,16 @@ impl Api {
             let answer = serde_json::from_str(&text).map_err(|error| format!("{error}: {text}"))?;
             Ok((response.status().as_u16(), answer))
         };
-        tokio::task::spawn_blocking(call).await.unwrap()
+        let result: Result<(u16, Value), String> = tokio::task::spawn_blocking(call).await.unwrap();
+        if let Ok((_, answer)) = &result {
+            if let Some(attempt) = sending {
+                self.journal.told(attempt, answer);
+            }
+            if let Some(id) = deleting.filter(|_| answer["code"] == 200 || answer["code"] == 500) {
+                self.journal.recalled(id);
+            }
+        }
+        result
     }
 
     /// Sends a broadcast that must be accepted; returns its id.

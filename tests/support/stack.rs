@@ -63,8 +63,8 @@ impl Stack {
         self.role("api").start().await
     }
 
-    /// A plain AMQP client.
+    /// A plain AMQP client; what it sends for the apps is noted in their journals.
     pub async fn amqp(&self) -> Amqp {
-        Amqp::connect(&self.amqp_url).await
+        Amqp::connect(&self.amqp_url).await.noting(&self.apps)
     }
 }

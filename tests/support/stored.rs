@@ -19,6 +19,8 @@ pub struct Stored {
     pub minute: Option<(u64, u64)>,
     /// The ids of the log, oldest first: broadcasts and recalls.
     pub log: Vec<u64>,
+    /// The envelopes of its broadcasts, oldest first.
+    pub broadcasts: Vec<Value>,
 }
 
 impl Stored {
@@ -44,7 +46,9 @@ impl Stored {
             let sum = rest.first_chunk::<4>()?;
             Some((u64::from_be_bytes(*second), u64::from(u32::from_be_bytes(*sum))))
         });
-        stored.log = envelopes(&log)?.iter().map(|envelope| number(envelope, "id")).collect();
+        stored.broadcasts = envelopes(&log)?;
+        stored.log = stored.broadcasts.iter().map(|envelope| number(envelope, "id")).collect();
+        stored.broadcasts.retain(|envelope| envelope["recall"].is_null());
         Ok(stored)
     }
 

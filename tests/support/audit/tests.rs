@@ -336,7 +336,7 @@ fn what_redis_holds_is_held_against_what_was_accepted() {
         let retained = (2021..2121).map(|id| (id, START + 1_000_000)).collect();
         let second = story.now_ms / 1000;
         let stored =
-            Stored { retained, day: Some((second / 86_400, 120)), minute: Some((second, 61)), log: Vec::new() };
+            Stored { retained, day: Some((second / 86_400, 120)), minute: Some((second, 61)), ..Stored::default() };
         (story, stored)
     };
     let check = |change: fn(&mut Stored), flaw: &str| {
