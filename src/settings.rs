@@ -152,10 +152,8 @@ impl Settings {
         self.worker.validate().map_err(SettingsError)?;
         self.node.validate().map_err(SettingsError)?;
         self.api.validate().map_err(SettingsError)?;
-        if !(1..=1_000_000).contains(&self.ledger.log_length) || !(1..=8760).contains(&self.ledger.log_hours) {
-            return Err(SettingsError(
-                "ledger.log_length is from 1 to 1000000, ledger.log_hours from 1 to 8760".into(),
-            ));
+        if !(1..=100_000).contains(&self.ledger.log_length) || !(1..=8760).contains(&self.ledger.log_hours) {
+            return Err(SettingsError("ledger.log_length is from 1 to 100000, ledger.log_hours from 1 to 8760".into()));
         }
         if self.drain.notice_seconds > 3600 || self.drain.deadline_seconds > 3600 {
             return Err(SettingsError("drain.notice_seconds and drain.deadline_seconds are at most 3600".into()));
@@ -290,12 +288,20 @@ fn line(key: &str, value: Value, default: Option<Value>) -> String {
     format!("{key} = {text}\n")
 }
 
-/// URLs without what stands before the `@`. A comma separates URLs only where there are several: it may be in a password.
+/// URLs without what stands before the `@`, and without a query: `unix:///run/redis.sock?user=…&pass=…` is one too. A comma
+/// separates URLs only where there are several: it may be in a password.
 fn redact(urls: &str) -> String {
-    let one = |url: &str| match (url.split_once("://"), url.rsplit_once('@')) {
-        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://[redacted]@{host}"),
-        (None, Some(_)) => "[redacted]".to_owned(),
-        _ => url.to_owned(),
+    let one = |url: &str| {
+        let Some((scheme, rest)) = url.split_once("://") else { return "[redacted]".to_owned() };
+        let (place, query) = match rest.find(['?', '#']) {
+            // Which of the two ends the password cannot be told.
+            Some(at) if rest[at..].contains('@') => return format!("{scheme}://[redacted]"),
+            Some(at) => (&rest[..at], &rest[at..=at]),
+            None => (rest, ""),
+        };
+        let place = place.rsplit_once('@').map_or(place.to_owned(), |(_, host)| format!("[redacted]@{host}"));
+        let query = if query.is_empty() { String::new() } else { format!("{query}[redacted]") };
+        format!("{scheme}://{place}{query}")
     };
     if urls.matches("://").count() < 2 { one(urls) } else { urls.split(',').map(one).collect::<Vec<_>>().join(",") }
 }
@@ -368,6 +374,21 @@ mod tests {
         assert!(!text.contains("hunter2") && !text.contains("demo-secret") && !text.contains("guest:guest"), "{text}");
         assert_eq!(redact("amqp://u:pa,ss@word@h/%2f"), "amqp://[redacted]@h/%2f");
         assert_eq!(redact("redis://:a@h1,redis://:b@h2"), "redis://[redacted]@h1,redis://[redacted]@h2");
+        for (url, printed) in [
+            ("unix:///run/redis.sock?user=u&pass=hunter2", "unix:///run/redis.sock?[redacted]"),
+            ("redis://h:1/0?password=hunter2", "redis://h:1/0?[redacted]"),
+            ("redis://u:a@h:1/0?password=hunter2", "redis://[redacted]@h:1/0?[redacted]"),
+            ("unix:///run/redis.sock?pass=hunter@2", "unix://[redacted]"),
+            ("redis://u:hunter?2@h", "redis://[redacted]"),
+            ("redis://h1?a=hunter2,redis://h2#hunter2", "redis://h1?[redacted],redis://h2#[redacted]"),
+            ("u:hunter2@h", "[redacted]"),
+            ("redis://h:1", "redis://h:1"),
+        ] {
+            assert_eq!(redact(url), printed);
+        }
+        let socket = with(&[("redis.url", "unix:///run/redis.sock?user=u&pass=hunter2")]);
+        let shown = effective(&socket).unwrap();
+        assert!(shown.contains("unix:///run/redis.sock?[redacted]") && !shown.contains("hunter2"), "{shown}");
         assert!(text.contains("prefetch = 100\n") && text.contains("redis://[redacted]@localhost:1"), "{text}");
         assert!(!format!("{:?}", Settings::load(&sources).unwrap()).contains("hunter2"));
     }

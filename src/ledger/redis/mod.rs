@@ -26,11 +26,11 @@ use self::keys::Keys;
 use self::link::{Link, Live};
 use self::scripts::{Scripts, Source};
 use super::{Answer, Feed, Kind, Ledger, LedgerError, LedgerSettings, NodeName, Recalled, Renewal, Snapshot, Stored};
-use crate::broadcast::{BroadcastId, MAX_ID};
 use crate::broadcast::app::AppKey;
 use crate::broadcast::envelope::{Content, Envelope, tail};
 use crate::broadcast::request::Submission;
 use crate::broadcast::verdict::Decision;
+use crate::broadcast::{BroadcastId, MAX_ID};
 use crate::failpoint;
 
 /// How many entries of the log a node is given when it joins without a position: enough for its recent window.
@@ -234,8 +234,7 @@ impl RedisLedger {
             Kind::OnlineOnly => "online",
         };
         let keys = [self.keys.log(app), self.keys.retained(app)];
-        let arguments =
-            arguments(keys, [&lowest.to_string(), &highest.to_string(), kind, most.to_string().as_str()]);
+        let arguments = arguments(keys, [&lowest.to_string(), &highest.to_string(), kind, most.to_string().as_str()]);
         let value = self.run(&mut live, |scripts| &scripts.history, &arguments).await?;
         let (now_ms, log, retained, following): (u64, Vec<Vec<u8>>, Vec<Vec<u8>>, u64) = read(value)?;
         let is_broadcast = |envelope: &Envelope| matches!(envelope.content, Content::Broadcast { .. });
@@ -243,9 +242,11 @@ impl RedisLedger {
         envelopes.retain(is_broadcast);
         let logged: HashSet<_> = envelopes.iter().map(|envelope| envelope.id).collect();
         let retained = stored(app, retained).into_iter().map(|stored| stored.envelope);
-        envelopes.extend(retained.filter(|envelope| {
-            is_broadcast(envelope) && !envelope.expired(now_ms) && !logged.contains(&envelope.id)
-        }));
+        envelopes.extend(
+            retained.filter(|envelope| {
+                is_broadcast(envelope) && !envelope.expired(now_ms) && !logged.contains(&envelope.id)
+            }),
+        );
         envelopes.sort_unstable_by_key(|envelope| std::cmp::Reverse(envelope.id));
         Ok(History { envelopes, following })
     }
@@ -304,10 +305,7 @@ impl Ledger for RedisLedger {
     }
 
     fn find<'a>(&'a self, app: &'a AppKey, id: BroadcastId) -> Answer<'a, Option<Envelope>> {
-        async move {
-            Ok(self.history(app, (id, id), Kind::All, 1).await?.envelopes.pop())
-        }
-        .boxed()
+        async move { Ok(self.history(app, (id, id), Kind::All, 1).await?.envelopes.pop()) }.boxed()
     }
 
     fn list<'a>(&'a self, app: &'a AppKey, before: BroadcastId, limit: usize, kind: Kind) -> Answer<'a, Vec<Envelope>> {
