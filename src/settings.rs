@@ -331,7 +331,13 @@ mod tests {
 
     #[test]
     fn an_unknown_key_and_a_bad_value_are_errors() {
-        for bad in [("node.shard", "1"), ("nodes", "1"), ("amqp.prefetch", "many"), ("amqp.prefetch", "0")] {
+        for bad in [
+            ("node.shard", "1"),
+            ("nodes", "1"),
+            ("amqp.prefetch", "many"),
+            ("amqp.prefetch", "0"),
+            ("ledger.log_length", "100001"),
+        ] {
             assert!(Settings::load(&with(&[bad])).is_err(), "{bad:?}");
         }
     }
