@@ -107,7 +107,7 @@ async fn a_long_backfill_over_a_slow_line_comes_to_its_end() {
     let redis = Redis::dedicated(&[]);
     let proxy = Proxy::to(redis.port()).await;
     let url = proxy.instead_of(&redis.url(), redis.port());
-    let (ledger, app) = filled(&redis, url, 1000, [COUNT, 900, 2]).await;
+    let (ledger, app) = filled(&redis, url, 1000, [COUNT, 900, 7]).await;
     proxy.weather(Weather::Delay(Duration::from_millis(4)));
     let node = NodeName(unique("node").into());
     let snapshot = ledger.join(&app, &node, SOON, 3).await.unwrap();
