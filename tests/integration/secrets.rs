@@ -176,6 +176,10 @@ async fn no_secret_is_ever_shown_whatever_happens() {
             "config check with files",
             role("config check").with("amqp.url_file", &amqp_file).with("redis.url_file", &redis_file),
         ),
+        (
+            "config check with a query",
+            role("config check").with("redis.url", format!("unix:///run/redis.sock?user=u&pass={redis_password}")),
+        ),
         ("no URL", role("worker").with("amqp.url", format!("http://broadcastd:{wrong}@x"))),
         ("no Redis URL", role("worker").with("redis.url", format!("redis://broadcastd:{wrong}@:x:y"))),
         ("no number", role("worker").with("amqp.prefetch", wrong)),
