@@ -12,6 +12,7 @@ mod commands;
 mod crash;
 mod crash_loop;
 mod differential;
+mod direct;
 mod drain;
 mod embedded;
 mod end_to_end;
