@@ -212,11 +212,6 @@ impl Publisher {
     pub fn is_usable(&self) -> bool {
         self.channel.status().connected() && self.abandoned.load(Ordering::Relaxed) <= MOST_ABANDONED
     }
-
-    /// Ends the channel, and with it whatever has been given up.
-    pub async fn close(&self) {
-        let _ = self.channel.close(200, "done".into()).await;
-    }
 }
 
 /// A confirm that is waited for even if nobody does any more: lapin keeps each one that is dropped unresolved in a list that

@@ -56,24 +56,26 @@ impl Lost {
 pub(super) struct Replies {
     /// Nodes of the broker, at most [`MOST_KNOWN`]. A std Mutex, not tokio's: never held across an await.
     known: Mutex<BTreeSet<Node>>,
-    to_queues: Lane,
-    to_known: Lane,
-    to_others: Lane,
+    to_queues: Arc<Lane>,
+    to_known: Arc<Lane>,
+    to_others: Arc<Lane>,
 }
 
 impl Replies {
     /// Opens nothing.
     pub(super) fn new(settings: &AmqpSettings, metrics: &Metrics) -> Self {
-        let lane = |name, mandatory| Lane {
-            name,
-            mandatory,
-            settings: settings.clone(),
-            metrics: metrics.clone(),
-            line: Mutex::default(),
-            opening: tokio::sync::Mutex::new(Opening {
-                backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
-                not_before: Instant::now(),
-            }),
+        let lane = |name, mandatory| {
+            Arc::new(Lane {
+                name,
+                mandatory,
+                settings: settings.clone(),
+                metrics: metrics.clone(),
+                line: Mutex::default(),
+                opening: tokio::sync::Mutex::new(Opening {
+                    backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
+                    not_before: Instant::now(),
+                }),
+            })
         };
         // A direct reply is never mandatory: its name is no queue, so that each would come back as unroutable.
         Self {
@@ -172,7 +174,7 @@ impl Lane {
         self.usable().is_some_and(|line| line.connection.status().blocked())
     }
 
-    async fn line(&self) -> Result<Arc<Line>, Lost> {
+    async fn line(self: &Arc<Self>) -> Result<Arc<Line>, Lost> {
         match self.usable() {
             Some(line) => Ok(line),
             None => self.open(&mut *self.opening.lock().await).await,
@@ -180,7 +182,7 @@ impl Lane {
     }
 
     /// The open line, or a new one.
-    async fn open(&self, opening: &mut Opening) -> Result<Arc<Line>, Lost> {
+    async fn open(self: &Arc<Self>, opening: &mut Opening) -> Result<Arc<Line>, Lost> {
         if let Some(line) = self.usable() {
             return Ok(line);
         }
@@ -199,12 +201,18 @@ impl Lane {
         }
         // Before the attempt, which may be given up at any point.
         opening.not_before = Instant::now() + opening.backoff.next_delay();
+        // A task of its own: whoever waits may give up before it is there, and the next one finds it.
+        let lane = Arc::clone(self);
+        tokio::spawn(async move { lane.connect().await }).await.unwrap_or(Err(Lost::Connection))
+    }
+
+    async fn connect(&self) -> Result<Arc<Line>, Lost> {
         let open = async {
             let connection = connect(&self.settings, self.name).await?;
             let publisher = Publisher::open(&connection).await.map_err(|error| describe(&error))?;
             Ok::<_, String>((connection, publisher))
         };
-        let (connection, publisher) = open.await.map_err(|reason: String| {
+        let (connection, publisher) = open.await.map_err(|reason| {
             tracing::warn!(reason, connection = self.name, "replies are lost: the broker cannot be reached");
             Lost::Connection
         })?;
