@@ -7,6 +7,8 @@ use std::process::Command;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use broadcastd::ledger::LedgerSettings;
+use broadcastd::ledger::redis::{Mode, RedisLedger, RedisSettings};
 use rustix::process::Signal;
 
 use super::certificates::Certificate;
@@ -24,6 +26,27 @@ pub fn users(prefix: &str) -> String {
     let users = USERS.replace("~bc:*", &format!("~{prefix}")).replace("&bc:*", &format!("&{prefix}"));
     assert_eq!(users.matches(prefix).count(), 2, "keys and channels of {USERS}");
     users
+}
+
+/// The ledger at this address, as a role has it, for what a test asks of it directly. Behind Sentinel: of `mymaster`.
+pub fn ledger(url: &str, mode: Mode, key_prefix: &str) -> RedisLedger {
+    let settings = RedisSettings {
+        url: url.into(),
+        url_file: String::new(),
+        mode,
+        sentinel_service: "mymaster".to_owned(),
+        sentinel_username: String::new(),
+        sentinel_password: String::new().into(),
+        sentinel_password_file: String::new(),
+        key_prefix: key_prefix.to_owned(),
+        ca_file: String::new(),
+        client_certificate_file: String::new(),
+        client_key_file: String::new(),
+        connect_timeout_ms: 5000,
+        response_timeout_ms: 30_000,
+        test_clock_key: None,
+    };
+    RedisLedger::start(settings, LedgerSettings { log_length: 1000, log_hours: 1 })
 }
 
 /// One redis-server. It is killed when dropped.
