@@ -13,6 +13,7 @@ mod crash;
 mod crash_loop;
 mod differential;
 mod drain;
+mod durability;
 mod embedded;
 mod end_to_end;
 mod expiry;

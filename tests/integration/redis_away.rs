@@ -100,13 +100,6 @@ async fn a_frozen_redis_has_no_double_effect() {
     assert_eq!(amqp.request(&request(&app, "one more")).await["code"], 416, "the quota was charged for 100");
 }
 
-/// When the lease of the app's one node ends, milliseconds since the Unix epoch; 0 if there is none.
-fn lease_end(redis: &Redis, stack: &Stack, app: &App) -> u64 {
-    let nodes = format!("{}{{{}}}:nodes", stack.prefix, app.key);
-    let answer = redis.command(&["ZRANGE", &nodes, "0", "-1", "WITHSCORES"]);
-    answer.lines().nth(1).map_or(0, |score| score.parse().unwrap())
-}
-
 /// Row 21: under load, and for every script. Each was known to Redis before it is made to forget it.
 #[tokio::test]
 async fn a_script_flush_is_not_noticed() {
@@ -135,12 +128,12 @@ async fn a_script_flush_is_not_noticed() {
     let kept = all_numbered(&other, 0..9);
     let mut of_other = Checker::default();
     of_other.all_accepted(&kept, &amqp.burst(&kept).await);
-    assert_eq!(lease_end(&redis, &stack, &other), 0, "the node has not joined yet");
+    assert_eq!(stack.lease_end(&redis, &other), 0, "the node has not joined yet");
     flush();
     let mut late = Device::online(&other, "ios", &node.device_url()).await;
     late.collect(3, SOON).await;
     of_other.device(late.history(), Must::RetainedUpTo(late.head()), 0).unwrap();
-    assert!(lease_end(&redis, &stack, &other) > 0);
+    assert!(stack.lease_end(&redis, &other) > 0);
 
     let sender = Api::new(&api.api_url(), &app);
     for deleted in [device.history()[0].id, device.history()[1].id] {
@@ -157,8 +150,8 @@ async fn a_script_flush_is_not_noticed() {
 
     for app in [&app, &other] {
         flush();
-        let before = lease_end(&redis, &stack, app);
-        until("a renewal after the flush", SOON, async || match lease_end(&redis, &stack, app) {
+        let before = stack.lease_end(&redis, app);
+        until("a renewal after the flush", SOON, async || match stack.lease_end(&redis, app) {
             end if end > before => Ok(()),
             end => Err(end),
         })
