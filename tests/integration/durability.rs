@@ -66,7 +66,7 @@ async fn with_a_sync_every_second_a_kill_may_lose_what_was_accepted_and_no_more(
     let amqp = stack.amqp().await;
     let (mut kept, mut number): (Vec<(Value, Value)>, usize) = (Vec::new(), 0);
     let lost = loop {
-        assert!(number < 200, "Redis never put off its writing");
+        assert!(number < 80, "Redis never put off its writing");
         disk.hold();
         let first = retained(&app, &format!("number {number}"));
         kept.push((first.clone(), amqp.request(&first).await));
