@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use config::{Config, Environment, File, FileFormat, Value, ValueKind};
+use config::{Config, ConfigError, Environment, File, FileFormat, Value, ValueKind};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
@@ -227,12 +227,34 @@ fn secret_from(what: &str, path: &Path) -> Result<SecretString, SettingsError> {
     Ok(text.trim_end_matches(['\r', '\n']).into())
 }
 
-/// The library's message, as one line, without the line of the file that it quotes: a secret may stand there.
-fn explain(error: config::ConfigError) -> SettingsError {
-    let text = error.to_string();
-    let words = text.lines().filter(|line| !line.contains('|')).flat_map(str::split_whitespace);
-    let text = words.collect::<Vec<_>>().join(" ");
+/// The library's message, as one line, without any value: what stands in the wrong place may be a secret.
+fn explain(error: ConfigError) -> SettingsError {
+    let text = without_values(&error);
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     SettingsError(format!("settings: {text}"))
+}
+
+fn without_values(error: &ConfigError) -> String {
+    let place = |key: &Option<String>, origin: &Option<String>| {
+        let key = key.as_ref().map(|key| format!(" for key `{key}`")).unwrap_or_default();
+        let origin = origin.as_ref().map(|origin| format!(" in {origin}")).unwrap_or_default();
+        key + &origin
+    };
+    match error {
+        ConfigError::Type { origin, unexpected, expected, key } => {
+            let text = unexpected.to_string();
+            let kind = text.split(['"', '`']).next().unwrap_or_default().trim();
+            format!("invalid type: {kind}, expected {expected}{}", place(key, origin))
+        }
+        ConfigError::At { error, origin, key } => without_values(error) + &place(key, origin),
+        ConfigError::Message(text) => match (text.split_once(" does not have variant "), text.find('"')) {
+            (Some((what, _)), _) => format!("none of the values of {what}"),
+            (None, Some(start)) => format!("{}…{}", &text[..start], &text[text.rfind('"').unwrap_or(start) + 1..]),
+            (None, None) => text.clone(),
+        },
+        // The line of the file that it quotes stands behind a bar.
+        error => error.to_string().lines().filter(|line| !line.contains('|')).collect::<Vec<_>>().join(" "),
+    }
 }
 
 /// The settings in force, as TOML, secrets redacted.
@@ -277,7 +299,9 @@ pub fn effective(sources: &Sources) -> Result<String, SettingsError> {
 fn line(key: &str, value: Value, default: Option<Value>) -> String {
     let text = match (&value.kind, default.map(|default| default.kind)) {
         (_, _) if key == "secret" => "\"[redacted]\"".to_owned(),
-        (ValueKind::String(text), _) if key.ends_with("password") && !text.is_empty() => "\"[redacted]\"".to_owned(),
+        (ValueKind::String(text), _) if key.ends_with("password") && text.is_empty() => "\"\"".to_owned(),
+        // A number too, where the quotes were forgotten.
+        (_, _) if key.ends_with("password") => "\"[redacted]\"".to_owned(),
         (ValueKind::String(url), _) if key == "url" => format!("{:?}", redact(url)),
         (ValueKind::String(text), Some(ValueKind::I64(_) | ValueKind::Boolean(_))) => text.clone(),
         (ValueKind::String(text), _) => format!("{text:?}"),
@@ -352,6 +376,35 @@ mod tests {
         let broken = load("[[apps]]\nkey = \"a\"\nsecret = \"hunter2\n").unwrap_err().to_string();
         assert!(!broken.contains("hunter2") && broken.contains("line 3"), "{broken}");
         assert!(load("[[apps]]\nkey=\"a\"\nsecret=\"x\"\n[[apps]]\nkey=\"a\"\nsecret=\"y\"\n").is_err());
+    }
+
+    #[test]
+    fn what_stands_in_the_wrong_place_is_not_repeated() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("settings.toml");
+        let app = "[[apps]]\nkey = \"a\"\nsecret = \"x\"\n";
+        for (text, key) in [
+            ("amqp = \"amqp://u:hunter2@h\"", "amqp"),
+            ("amqp.prefetch = \"hunter2\"", "amqp.prefetch"),
+            ("redis.mode = \"hunter2\"", "redis.mode"),
+            ("redis.url = { hunter2 = 1 }", "redis.url"),
+            ("redis.url = [\"hunter2\"]", "redis.url"),
+            ("node.tokenless_login = \"hunter2\"", "node.tokenless_login"),
+            ("node.allowed_origins = \"hunter2\"", "node.allowed_origins"),
+            ("listen.admin = \"hunter2\"", "listen.admin"),
+            ("apps = \"hunter2\"", "apps"),
+            (&format!("{app}per_minute = \"hunter2\""), "apps[0]per_minute"),
+            (&format!("{app}broadcast = \"a\\\"hunter2\""), "apps[0]broadcast"),
+            (&format!("{app}secret_file = [\"hunter2\"]"), "apps[0]secret_file"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let said =
+                Settings::load(&Sources { file: Some(path.clone()), ..Sources::default() }).unwrap_err().to_string();
+            assert!(!said.contains("hunter2") && said.contains(&format!("for key `{key}`")), "{text}: {said}");
+        }
+        std::fs::write(&path, "redis.sentinel_password = 20002").unwrap();
+        let text = effective(&Sources { file: Some(path), ..Sources::default() }).unwrap();
+        assert!(!text.contains("20002") && text.contains("sentinel_password = \"[redacted]\""), "{text}");
     }
 
     #[test]

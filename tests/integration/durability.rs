@@ -101,7 +101,8 @@ async fn with_a_sync_every_second_a_kill_may_lose_what_was_accepted_and_no_more(
         count => Err(count),
     })
     .await;
-    let mut late = Device::online(&app, "ios", &stack.node().await.device_url()).await;
+    let other_node = stack.node().await;
+    let mut late = Device::online(&app, "ios", &other_node.device_url()).await;
     let newest = device.history().last().unwrap().id;
     for (request, verdict) in &lost {
         assert_eq!(verdict["code"], 200, "{request}");
