@@ -1,10 +1,16 @@
-//! How a connection to RabbitMQ is made; shared by the worker and the API.
+//! How a connection to RabbitMQ is made, and how publishes on it are confirmed; shared by the worker and the API.
 
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::tcp::{AMQPUriTcpExt, RustlsConnector, RustlsConnectorConfig, TLSConfig};
+use lapin::types::ShortString;
 use lapin::uri::{AMQPScheme, AMQPUri};
-use lapin::{Connection, ConnectionProperties};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, PublisherConfirm};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use secrecy::{ExposeSecret, SecretString};
@@ -111,6 +117,10 @@ impl AmqpSettings {
         if self.heartbeat_seconds == 0 {
             return Err("amqp.heartbeat_seconds is at least 1: without it a dead broker is never noticed".into());
         }
+        // The address wins over the setting.
+        if uri.query.heartbeat == Some(0) {
+            return Err("amqp.url says heartbeat=0: without it a dead broker is never noticed".into());
+        }
         if self.delivery_limit == 0 || self.queue_max_length == 0 || self.dead_letter_max_length == 0 {
             return Err("amqp.delivery_limit and the max_lengths are at least 1".into());
         }
@@ -158,4 +168,112 @@ fn refused(error: &lapin::Error, secure: bool) -> String {
 #[must_use]
 pub fn describe(error: &lapin::Error) -> String {
     error.to_string().chars().filter(|c| !c.is_control()).take(200).collect()
+}
+
+/// More publishes than this that the broker has neither confirmed nor refused, and nobody waits for any more: the channel is not
+/// used any longer.
+const MOST_ABANDONED: usize = 1000;
+
+/// A channel on which every publish is confirmed.
+pub struct Publisher {
+    channel: Channel,
+    abandoned: Arc<AtomicUsize>,
+}
+
+impl Publisher {
+    /// A new channel.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn open(connection: &Connection) -> lapin::Result<Self> {
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        Ok(Self { channel, abandoned: Arc::default() })
+    }
+
+    /// Publishes; when it returns, the message is on its way.
+    ///
+    /// # Errors
+    /// The channel is gone.
+    pub async fn publish(
+        &self,
+        exchange: ShortString,
+        routing_key: ShortString,
+        options: BasicPublishOptions,
+        payload: &[u8],
+        properties: BasicProperties,
+    ) -> lapin::Result<Confirm> {
+        let confirm = self.channel.basic_publish(exchange, routing_key, options, payload, properties).await?;
+        Ok(Confirm { confirm: Some(confirm), abandoned: Some(Arc::clone(&self.abandoned)) })
+    }
+
+    /// Whether the channel lives, and not too much on it has been given up.
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        self.channel.status().connected() && self.abandoned.load(Ordering::Relaxed) <= MOST_ABANDONED
+    }
+}
+
+/// A confirm that is waited for even if nobody does any more: lapin keeps each one that is dropped unresolved in a list that
+/// only grows. It resolves with the broker's answer or with the channel's end.
+pub struct Confirm {
+    confirm: Option<PublisherConfirm>,
+    /// Counts those that are dropped unresolved, until they are.
+    abandoned: Option<Arc<AtomicUsize>>,
+}
+
+impl From<PublisherConfirm> for Confirm {
+    fn from(confirm: PublisherConfirm) -> Self {
+        Self { confirm: Some(confirm), abandoned: None }
+    }
+}
+
+impl Future for Confirm {
+    type Output = lapin::Result<Confirmation>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(confirm) = &mut self.confirm else { return Poll::Pending };
+        let result = std::task::ready!(Pin::new(confirm).poll(context));
+        self.confirm = None;
+        Poll::Ready(result)
+    }
+}
+
+impl Drop for Confirm {
+    fn drop(&mut self) {
+        let (Some(confirm), Ok(runtime)) = (self.confirm.take(), tokio::runtime::Handle::try_current()) else { return };
+        let abandoned = self.abandoned.take();
+        if let Some(abandoned) = &abandoned {
+            abandoned.fetch_add(1, Ordering::Relaxed);
+        }
+        runtime.spawn(async move {
+            let _ = confirm.await;
+            if let Some(abandoned) = abandoned {
+                abandoned.fetch_sub(1, Ordering::Relaxed);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(url: &str) -> AmqpSettings {
+        let settings = serde_json::json!({
+            "url": url, "url_file": "", "ca_file": "", "exchange": "e", "routing_key": "r", "queue": "q",
+            "queue_max_length": 1, "dead_letter": "d", "dead_letter_max_length": 1, "delivery_limit": 1, "declare": true,
+            "prefetch": 1, "heartbeat_seconds": 10, "connect_timeout_ms": 1000,
+        });
+        serde_json::from_value(settings).unwrap()
+    }
+
+    #[test]
+    fn heartbeats_cannot_be_turned_off_in_the_address_either() {
+        assert_eq!(settings("amqp://host?heartbeat=5").validate(), Ok(()));
+        let refused = settings("amqp://user:secret@host?heartbeat=0").validate().unwrap_err();
+        assert!(refused.contains("heartbeat=0") && !refused.contains("secret"), "{refused}");
+        let off = AmqpSettings { heartbeat_seconds: 0, ..settings("amqp://host") };
+        assert!(off.validate().unwrap_err().contains("amqp.heartbeat_seconds"));
+    }
 }

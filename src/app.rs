@@ -29,6 +29,9 @@ use crate::worker::Worker;
 /// Non-WebSocket connections that may wait to be taken over; further ones are answered 503 by the node.
 const HAND_OFF_CAPACITY: usize = 256;
 
+/// How long the calls under way on the admin port may take at the end.
+const ADMIN_END: Duration = Duration::from_secs(1);
+
 /// What a process does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -96,7 +99,8 @@ where
     tracing::info!(role = role.name(), version = env!("CARGO_PKG_VERSION"), "started");
     let result = live(running.end, beside(running.public), &drain, &draining, &stop).await;
     admin_stop.cancel();
-    let _ = admin.await;
+    // Whoever stalls on the admin port must not keep a drained process alive.
+    let _ = tokio::time::timeout(ADMIN_END, admin).await;
     tracing::info!(role = role.name(), "stopped");
     result
 }
@@ -205,7 +209,8 @@ fn start_node(
     let redis = ledger.health();
     // Never cancelled by the drain: the node ends its sessions by itself.
     let abort = CancellationToken::new();
-    let node = Node::start(bound_sessions(settings.node), directory, ledger, metrics.clone(), listeners, None, &abort)?;
+    let node_settings = bound_sessions(settings.node, RESERVED_DESCRIPTORS);
+    let node = Node::start(node_settings, directory, ledger, metrics.clone(), listeners, None, &abort)?;
     let dependencies = vec![("redis", redis), ("node", node.ready())];
     let public = Some(node.local_addr());
     let end = drain_node(node, metrics.clone(), settings.drain, stop.clone()).boxed();
@@ -224,7 +229,7 @@ fn start_standalone(
     let health = ledger.health();
     let abort = CancellationToken::new();
     let node = Node::start(
-        bound_sessions(settings.node),
+        bound_sessions(settings.node, RESERVED_DESCRIPTORS + HTTP_DESCRIPTORS),
         &directory,
         ledger.clone(),
         metrics.clone(),
@@ -271,8 +276,12 @@ fn survive_the_file_size_limit() -> anyhow::Result<()> {
 /// seconds apart. The system caps it (`net.core.somaxconn`, usually 4096).
 const BACKLOG: i32 = 65_535;
 
-/// Descriptors that are not for devices: listeners, Redis, files, HTTP.
+/// Descriptors that are not for devices: listeners, Redis, files.
 const RESERVED_DESCRIPTORS: u64 = 256;
+
+/// Descriptors of HTTP connections, where devices share a port with them: served, being refused, waiting to be taken over. The node
+/// does not count these any more.
+const HTTP_DESCRIPTORS: u64 = (serve::MAX_CONNECTIONS + serve::MAX_REFUSED + HAND_OFF_CAPACITY) as u64;
 
 /// Raises the soft limit of open files to the hard one: the usual soft limit of 1024 is about a thousand devices.
 pub fn raise_descriptor_limit() {
@@ -287,14 +296,21 @@ pub fn raise_descriptor_limit() {
 }
 
 /// No more connections than the descriptors allow: a node that is full says 503, one without descriptors says nothing.
-fn bound_sessions(mut settings: NodeSettings) -> NodeSettings {
+fn bound_sessions(mut settings: NodeSettings, reserved: u64) -> NodeSettings {
     let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current else { return settings };
-    let room = usize::try_from(limit.saturating_sub(RESERVED_DESCRIPTORS).max(1)).unwrap_or(usize::MAX);
+    let room = room_for_devices(limit, reserved);
     if settings.max_sessions > room {
         tracing::info!(limit, max_sessions = room, "the limit of open files bounds the connections");
         settings.max_sessions = room;
     }
     settings
+}
+
+/// How many devices a limit of open files leaves room for. A low one is shared: half of it is theirs, as long as the rest is enough
+/// for what must be open.
+fn room_for_devices(limit: u64, reserved: u64) -> usize {
+    let left = limit.saturating_sub(reserved).max((limit / 2).min(limit.saturating_sub(RESERVED_DESCRIPTORS)));
+    usize::try_from(left.max(1)).unwrap_or(usize::MAX)
 }
 
 /// Binds, so that a port in use is one clear sentence.
@@ -311,4 +327,20 @@ fn bind_all(address: SocketAddr, setting: &str, count: usize) -> anyhow::Result<
     node::listen(address, count, BACKLOG).map_err(|error| {
         anyhow!("cannot listen on {address}: {error}; free the port or choose another with --set {setting}=HOST:PORT")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn http_connections_have_descriptors_of_their_own() {
+        let standalone = RESERVED_DESCRIPTORS + HTTP_DESCRIPTORS;
+        assert!(standalone >= 256 + 2048 + 64);
+        for limit in [8192, 65_536, 1 << 20] {
+            assert_eq!(room_for_devices(limit, standalone) as u64, limit - standalone, "{limit}");
+            assert_eq!(room_for_devices(limit, RESERVED_DESCRIPTORS) as u64, limit - RESERVED_DESCRIPTORS, "{limit}");
+        }
+        assert_eq!([100, 300, 1024, 4096].map(|limit| room_for_devices(limit, standalone)), [1, 44, 512, 2048]);
+    }
 }

@@ -83,6 +83,8 @@ metrics! {
     replies: IntCounter = "broadcastd_replies_total";
     /// Replies that could not be delivered, by reason.
     replies_lost: IntCounterVec = "broadcastd_replies_lost_total", ["reason"];
+    /// Connections that the worker opened for replies.
+    reply_connections: IntCounter = "broadcastd_reply_connections_total";
     /// Times that the worker rebuilt its session with the broker.
     worker_sessions: IntCounter = "broadcastd_worker_sessions_total";
     /// Seconds that the ledger took to decide a batch of requests.

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use config::{Config, Environment, File, FileFormat, Value, ValueKind};
+use config::{Config, ConfigError, Environment, File, FileFormat, Value, ValueKind};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
@@ -152,10 +152,8 @@ impl Settings {
         self.worker.validate().map_err(SettingsError)?;
         self.node.validate().map_err(SettingsError)?;
         self.api.validate().map_err(SettingsError)?;
-        if !(1..=1_000_000).contains(&self.ledger.log_length) || !(1..=8760).contains(&self.ledger.log_hours) {
-            return Err(SettingsError(
-                "ledger.log_length is from 1 to 1000000, ledger.log_hours from 1 to 8760".into(),
-            ));
+        if !(1..=100_000).contains(&self.ledger.log_length) || !(1..=8760).contains(&self.ledger.log_hours) {
+            return Err(SettingsError("ledger.log_length is from 1 to 100000, ledger.log_hours from 1 to 8760".into()));
         }
         if self.drain.notice_seconds > 3600 || self.drain.deadline_seconds > 3600 {
             return Err(SettingsError("drain.notice_seconds and drain.deadline_seconds are at most 3600".into()));
@@ -227,12 +225,34 @@ fn secret_from(what: &str, path: &Path) -> Result<SecretString, SettingsError> {
     Ok(text.trim_end_matches(['\r', '\n']).into())
 }
 
-/// The library's message, as one line, without the line of the file that it quotes: a secret may stand there.
-fn explain(error: config::ConfigError) -> SettingsError {
-    let text = error.to_string();
-    let words = text.lines().filter(|line| !line.contains('|')).flat_map(str::split_whitespace);
-    let text = words.collect::<Vec<_>>().join(" ");
+/// The library's message, as one line, without any value: what stands in the wrong place may be a secret.
+fn explain(error: ConfigError) -> SettingsError {
+    let text = without_values(&error);
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     SettingsError(format!("settings: {text}"))
+}
+
+fn without_values(error: &ConfigError) -> String {
+    let place = |key: &Option<String>, origin: &Option<String>| {
+        let key = key.as_ref().map(|key| format!(" for key `{key}`")).unwrap_or_default();
+        let origin = origin.as_ref().map(|origin| format!(" in {origin}")).unwrap_or_default();
+        key + &origin
+    };
+    match error {
+        ConfigError::Type { origin, unexpected, expected, key } => {
+            let text = unexpected.to_string();
+            let kind = text.split(['"', '`']).next().unwrap_or_default().trim();
+            format!("invalid type: {kind}, expected {expected}{}", place(key, origin))
+        }
+        ConfigError::At { error, origin, key } => without_values(error) + &place(key, origin),
+        ConfigError::Message(text) => match (text.split_once(" does not have variant "), text.find('"')) {
+            (Some((what, _)), _) => format!("none of the values of {what}"),
+            (None, Some(start)) => format!("{}…{}", &text[..start], &text[text.rfind('"').unwrap_or(start) + 1..]),
+            (None, None) => text.clone(),
+        },
+        // The line of the file that it quotes stands behind a bar.
+        error => error.to_string().lines().filter(|line| !line.contains('|')).collect::<Vec<_>>().join(" "),
+    }
 }
 
 /// The settings in force, as TOML, secrets redacted.
@@ -277,7 +297,9 @@ pub fn effective(sources: &Sources) -> Result<String, SettingsError> {
 fn line(key: &str, value: Value, default: Option<Value>) -> String {
     let text = match (&value.kind, default.map(|default| default.kind)) {
         (_, _) if key == "secret" => "\"[redacted]\"".to_owned(),
-        (ValueKind::String(text), _) if key.ends_with("password") && !text.is_empty() => "\"[redacted]\"".to_owned(),
+        (ValueKind::String(text), _) if key.ends_with("password") && text.is_empty() => "\"\"".to_owned(),
+        // A number too, where the quotes were forgotten.
+        (_, _) if key.ends_with("password") => "\"[redacted]\"".to_owned(),
         (ValueKind::String(url), _) if key == "url" => format!("{:?}", redact(url)),
         (ValueKind::String(text), Some(ValueKind::I64(_) | ValueKind::Boolean(_))) => text.clone(),
         (ValueKind::String(text), _) => format!("{text:?}"),
@@ -290,85 +312,23 @@ fn line(key: &str, value: Value, default: Option<Value>) -> String {
     format!("{key} = {text}\n")
 }
 
-/// URLs without what stands before the `@`. A comma separates URLs only where there are several: it may be in a password.
+/// URLs without what stands before the `@`, and without a query: `unix:///run/redis.sock?user=…&pass=…` is one too. A comma
+/// separates URLs only where there are several: it may be in a password.
 fn redact(urls: &str) -> String {
-    let one = |url: &str| match (url.split_once("://"), url.rsplit_once('@')) {
-        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://[redacted]@{host}"),
-        (None, Some(_)) => "[redacted]".to_owned(),
-        _ => url.to_owned(),
+    let one = |url: &str| {
+        let Some((scheme, rest)) = url.split_once("://") else { return "[redacted]".to_owned() };
+        let (place, query) = match rest.find(['?', '#']) {
+            // Which of the two ends the password cannot be told.
+            Some(at) if rest[at..].contains('@') => return format!("{scheme}://[redacted]"),
+            Some(at) => (&rest[..at], &rest[at..=at]),
+            None => (rest, ""),
+        };
+        let place = place.rsplit_once('@').map_or(place.to_owned(), |(_, host)| format!("[redacted]@{host}"));
+        let query = if query.is_empty() { String::new() } else { format!("{query}[redacted]") };
+        format!("{scheme}://{place}{query}")
     };
     if urls.matches("://").count() < 2 { one(urls) } else { urls.split(',').map(one).collect::<Vec<_>>().join(",") }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn with(overrides: &[(&str, &str)]) -> Sources {
-        let overrides = overrides.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        Sources { overrides, ..Sources::default() }
-    }
-
-    #[test]
-    fn the_defaults_load() {
-        let settings = Settings::load(&Sources::default()).unwrap();
-        assert_eq!(settings.amqp.prefetch, 512);
-        assert!(settings.directory().unwrap().is_empty());
-    }
-
-    #[test]
-    fn dev_knows_one_app() {
-        let settings = Settings::load(&Sources { dev: true, ..Sources::default() }).unwrap();
-        assert!(settings.node.tokenless_login);
-        assert!(settings.directory().unwrap().get("demo").unwrap().broadcast);
-    }
-
-    #[test]
-    fn an_unknown_key_and_a_bad_value_are_errors() {
-        for bad in [("node.shard", "1"), ("nodes", "1"), ("amqp.prefetch", "many"), ("amqp.prefetch", "0")] {
-            assert!(Settings::load(&with(&[bad])).is_err(), "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn a_file_adds_apps_and_wrong_ones_are_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("settings.toml");
-        let load = |text: &str| {
-            std::fs::write(&path, text).unwrap();
-            Settings::load(&Sources { file: Some(path.clone()), ..Sources::default() })
-        };
-        let secret = folder.path().join("secret");
-        std::fs::write(&secret, "s3cret\n").unwrap();
-        let settings =
-            load(&format!("[[apps]]\nkey = \"Shop\"\nsecret_file = {:?}\nper_minute = 3\n", secret.to_string_lossy()))
-                .unwrap();
-        let directory = settings.directory().unwrap();
-        let app = directory.get("Shop").unwrap();
-        assert_eq!(app.secret.expose_secret(), "s3cret");
-        assert_eq!((app.limits.per_minute, app.limits.per_day), (3, 1000));
-        assert!(load("[[apps]]\nkey = \"a b\"\nsecret = \"x\"\n").unwrap_err().to_string().contains("a b"));
-        assert!(load("[[apps]]\nkey = \"a\"\n").unwrap_err().to_string().contains("secret"));
-        let broken = load("[[apps]]\nkey = \"a\"\nsecret = \"hunter2\n").unwrap_err().to_string();
-        assert!(!broken.contains("hunter2") && broken.contains("line 3"), "{broken}");
-        assert!(load("[[apps]]\nkey=\"a\"\nsecret=\"x\"\n[[apps]]\nkey=\"a\"\nsecret=\"y\"\n").is_err());
-    }
-
-    #[test]
-    fn secrets_are_never_printed() {
-        let sources = Sources {
-            dev: true,
-            overrides: vec![
-                ("redis.url".into(), "redis://user:hunter2@localhost:1".into()),
-                ("amqp.prefetch".into(), "100".into()),
-            ],
-            ..Sources::default()
-        };
-        let text = effective(&sources).unwrap();
-        assert!(!text.contains("hunter2") && !text.contains("demo-secret") && !text.contains("guest:guest"), "{text}");
-        assert_eq!(redact("amqp://u:pa,ss@word@h/%2f"), "amqp://[redacted]@h/%2f");
-        assert_eq!(redact("redis://:a@h1,redis://:b@h2"), "redis://[redacted]@h1,redis://[redacted]@h2");
-        assert!(text.contains("prefetch = 100\n") && text.contains("redis://[redacted]@localhost:1"), "{text}");
-        assert!(!format!("{:?}", Settings::load(&sources).unwrap()).contains("hunter2"));
-    }
-}
+mod tests;

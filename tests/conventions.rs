@@ -302,3 +302,44 @@ fn secrets_are_compared_in_constant_time() {
     assert_eq!(compared_secrets(wrong).len(), 3);
     assert!(compared_secrets("if name == \"secret\" && key == other {\n").is_empty());
 }
+
+/// The code in which the library of the failpoints is named, but for the items and statements that `#[cfg(debug_assertions)]` is
+/// written above.
+fn failpoints_of_release_builds(text: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    let mut left_out: Option<usize> = None;
+    for line in text.lines().filter(|line| !line.trim_start().starts_with("//")) {
+        let indent = line.len() - line.trim_start().len();
+        if let Some(at) = left_out {
+            // It ends where a line no further in than its beginning ends it; attributes belong to it.
+            let ends = line.ends_with(';') || line.trim_end() == "}";
+            if indent <= at && ends {
+                left_out = None;
+            }
+            continue;
+        }
+        if line.trim() == "#[cfg(debug_assertions)]" {
+            left_out = Some(indent);
+        } else if line.contains("fail::") || line.contains("fail_point!") || line.contains("kill_process") {
+            found.push(line);
+        }
+    }
+    found
+}
+
+/// That no release build can be stopped or killed by its environment. It reads the code: CI builds no release.
+#[test]
+fn failpoints_are_compiled_for_debug_builds_only() {
+    let mut named = 0;
+    for file in files("").into_iter().filter(|file| !file.to_string_lossy().contains("test")) {
+        let text = read(&file);
+        named += text.matches("fail::").count();
+        assert_eq!(failpoints_of_release_builds(&text), Vec::<&str>::new(), "{}: in a release build", file.display());
+    }
+    assert!(named >= 2, "the failpoints were not found");
+    let manifest = read(&Path::new(ROOT).join("Cargo.toml"));
+    let (_, release) = manifest.split_once("[profile.release]").unwrap();
+    assert!(!release.split("\n[").next().unwrap().contains("debug-assertions"), "release builds are without them");
+    let wrong = "#[cfg(debug_assertions)]\nfn a() {\n    fail::x();\n}\nfn b() {\n    fail::x();\n}\n";
+    assert_eq!(failpoints_of_release_builds(wrong), ["    fail::x();"]);
+}

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::message::{REPLY_TO, encode, properties};
 use super::submit::Outcome;
-use crate::amqp::{AmqpSettings, connect, describe};
+use crate::amqp::{AmqpSettings, Confirm, connect, describe};
 use crate::backoff::Backoff;
 use crate::broadcast::request::Request;
 use crate::broadcast::verdict::code;
@@ -121,7 +121,7 @@ impl AmqpSubmitter {
             properties(request, &correlation),
         );
         let mut confirm = match timeout_at(deadline, publish).await {
-            Ok(Ok(confirm)) => Confirm(Some(confirm)),
+            Ok(Ok(confirm)) => Confirm::from(confirm),
             Ok(Err(error)) if never_sent(&error) => return Outcome::Busy("the message broker is not connected"),
             Ok(Err(_)) => return Outcome::Unknown(LOST),
             Err(_) => return Outcome::Unknown("the message broker did not take the request in time"),
@@ -135,7 +135,7 @@ impl AmqpSubmitter {
                     // The link is gone.
                     Err(_) => Outcome::Unknown(LOST),
                 },
-                confirmation = confirm.wait(), if !confirmed => match confirmation {
+                confirmation = &mut confirm, if !confirmed => match confirmation {
                     Ok(Confirmation::Nack(_)) => return Outcome::Busy("the message broker refused the request"),
                     Ok(Confirmation::NotRequested | Confirmation::Ack(None)) => {
                         confirmed = true;
@@ -161,33 +161,6 @@ impl AmqpSubmitter {
 
 const LOST: &str = "the connection to the message broker was lost";
 const NO_QUEUE: &str = "no worker queue: the exchange has no queue bound for requests";
-
-/// A confirm that is waited for even if its call is over: lapin keeps each one that is dropped unresolved in a list that
-/// only grows. It resolves with the broker's answer or with the channel's end.
-struct Confirm(Option<lapin::PublisherConfirm>);
-
-impl Confirm {
-    async fn wait(&mut self) -> lapin::Result<Confirmation> {
-        match &mut self.0 {
-            Some(confirm) => {
-                let result = confirm.await;
-                self.0 = None;
-                result
-            }
-            None => std::future::pending().await,
-        }
-    }
-}
-
-impl Drop for Confirm {
-    fn drop(&mut self) {
-        if let (Some(confirm), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
-            runtime.spawn(async move {
-                let _ = confirm.await;
-            });
-        }
-    }
-}
 
 /// The error came before anything was handed to the connection.
 fn never_sent(error: &lapin::Error) -> bool {

@@ -97,7 +97,10 @@ impl Api {
     }
 
     /// Waits for the ledger, no longer than for a reply.
-    async fn bounded<T>(&self, answer: impl Future<Output = Result<T, LedgerError>>) -> Result<T, LedgerError> {
+    pub(super) async fn bounded<T>(
+        &self,
+        answer: impl Future<Output = Result<T, LedgerError>>,
+    ) -> Result<T, LedgerError> {
         tokio::time::timeout(self.settings.reply_timeout(), answer)
             .await
             .unwrap_or_else(|_| Err(LedgerError::Unavailable("no answer in time".to_owned())))

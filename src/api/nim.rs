@@ -159,7 +159,7 @@ impl Api {
         let check_sum = signed.verify(app.map(|app| &app.secret), now_s, window_s)?;
         // `verify` has refused an unknown app.
         let app = app.cloned().ok_or_else(|| Rejection::bad("bad_signature", "AppKey is unknown"))?;
-        match signature::take(&*self.ledger, &app.key, check_sum, window_s).await {
+        match self.bounded(signature::take(&*self.ledger, &app.key, check_sum, window_s)).await {
             Ok(true) => Ok(app),
             Ok(false) => {
                 Err(Rejection::bad("replayed", "this Nonce and CurTime were used before; sign each call anew").into())

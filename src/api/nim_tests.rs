@@ -140,6 +140,19 @@ async fn while_replays_cannot_be_told_nobody_is_let_in() {
     assert_eq!(bench.send(wrong).await["code"], 414);
 }
 
+/// A disk that hangs, say: the call must not keep its connection for ever.
+#[tokio::test(start_paused = true)]
+async fn a_ledger_that_never_says_whether_it_is_a_replay_is_not_waited_for() {
+    let bench = bench();
+    let held = bench.ledger.uses.write().await;
+    let patience = settings().reply_timeout() * 2;
+    let answer = tokio::time::timeout(patience, bench.send(signed(SEND, "demo", "body=hi"))).await.expect("it waits");
+    assert_eq!(answer["code"], 503, "{answer}");
+    drop(held);
+    assert!(bench.ledger.submissions.lock().unwrap().is_empty());
+    assert_eq!(bench.call(SEND, &[("body", "hi")]).await["code"], 200);
+}
+
 #[tokio::test]
 async fn an_app_with_broadcasts_off_is_refused_with_403() {
     let bench = bench();

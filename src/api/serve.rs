@@ -14,6 +14,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -22,8 +23,13 @@ pub const MAX_CONNECTIONS: usize = 2048;
 /// How long the head of a request may take; also how long a connection may be idle between two.
 /// Short, so that connections that say nothing cannot hold the places of those that do.
 const HEAD: Duration = Duration::from_secs(5);
+/// How long an answer may wait for its reader, from the first byte that does not fit the system's buffers to the last one written.
+/// As a whole: a client that reads a byte now and then is no better.
+const UNREAD: Duration = Duration::from_secs(10);
+/// Bytes of requests, and of answers, that are held for a connection: a client that sends on and reads nothing has no more.
+const BUFFER: usize = 64 * 1024;
 /// Connections that are being answered 503, at once. Further ones are closed without a word.
-const MAX_REFUSED: usize = 64;
+pub const MAX_REFUSED: usize = 64;
 /// How long that may take, and how much of such a request is read and thrown away, so that its client sees the answer.
 const REFUSING: Duration = Duration::from_secs(1);
 const REFUSED_BYTES: u64 = 128 * 1024;
@@ -134,6 +140,7 @@ async fn connection(
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
+        .max_buf_size(BUFFER)
         .keep_alive(keep_alive)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     let mut served = pin!(served);
@@ -145,16 +152,29 @@ async fn connection(
     let _ = served.await;
 }
 
-/// A stream whose first bytes have been read already.
+/// A stream whose first bytes have been read already, and whose writes fail when they have waited for too long.
 struct Prefixed<S> {
     prefix: Vec<u8>,
     position: usize,
     inner: S,
+    /// Runs while something waits to be written.
+    unread: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> Prefixed<S> {
     const fn new(prefix: Vec<u8>, inner: S) -> Self {
-        Self { prefix, position: 0, inner }
+        Self { prefix, position: 0, inner, unread: None }
+    }
+
+    /// What a write is told: its own result, or that it has waited for too long.
+    fn bounded<T>(&mut self, written: Poll<io::Result<T>>, context: &mut Context<'_>) -> Poll<io::Result<T>> {
+        if written.is_pending() {
+            let unread = self.unread.get_or_insert_with(|| Box::pin(tokio::time::sleep(UNREAD)));
+            if unread.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+        }
+        written
     }
 }
 
@@ -181,15 +201,22 @@ impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(context, bytes)
+        let written = Pin::new(&mut self.inner).poll_write(context, bytes);
+        self.bounded(written, context)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(context)
+        // hyper flushes when it has written all it has.
+        let flushed = Pin::new(&mut self.inner).poll_flush(context);
+        if flushed.is_ready() {
+            self.unread = None;
+        }
+        self.bounded(flushed, context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(context)
+        let shut = Pin::new(&mut self.inner).poll_shutdown(context);
+        self.bounded(shut, context)
     }
 }
 
@@ -262,6 +289,54 @@ mod tests {
         }
         shutdown.cancel();
         server.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_asks_on_and_never_reads_is_hung_up_on() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let page = "x".repeat(64 * 1024);
+        let router = Router::new().route("/page", get(move || std::future::ready(page.clone())));
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all("GET /page HTTP/1.1\r\nHost: x\r\n\r\n".repeat(400).as_bytes()).await.unwrap();
+        let server = tokio::spawn(serve(listener, router, shutdown.clone()));
+        tokio::time::sleep(UNREAD * 3).await;
+        // No connection is left to wait for.
+        shutdown.cancel();
+        tokio::time::timeout(Duration::from_millis(100), server).await.expect("it holds its place").unwrap();
+        let mut answers = Vec::new();
+        let _ = client.read_to_end(&mut answers).await;
+        assert!((1 << 16..400 << 16).contains(&answers.len()), "{}", answers.len());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_has_its_time_for_each_answer_and_not_for_each_byte() {
+        let (mut reader, inner) = tokio::io::duplex(4);
+        let mut stream = Prefixed::new(Vec::new(), inner);
+        for _ in 0..3 {
+            let answer = async {
+                stream.write_all(b"answer").await.unwrap();
+                stream.flush().await.unwrap();
+            };
+            let read = async {
+                tokio::time::sleep(UNREAD - Duration::from_secs(1)).await;
+                reader.read_exact(&mut [0; 6]).await.unwrap();
+            };
+            tokio::join!(answer, read);
+        }
+        let started = Instant::now();
+        let answer = async {
+            let error = stream.write_all(&[b'x'; 100]).await.unwrap_err();
+            assert_eq!((error.kind(), started.elapsed()), (io::ErrorKind::TimedOut, UNREAD));
+        };
+        let drip = async {
+            loop {
+                tokio::time::sleep(Duration::from_secs(3)).await;
+                reader.read_exact(&mut [0; 1]).await.unwrap();
+            }
+        };
+        tokio::select! { () = answer => {} () = drip => {} }
     }
 
     #[tokio::test]

@@ -36,6 +36,8 @@ pub struct FakeLedger {
     pub forgetful: AtomicBool,
     /// This many calls are accepted, but answered as if they had been lost.
     pub lose_answers: AtomicU32,
+    /// Signatures are compared while nobody holds this for writing.
+    pub uses: tokio::sync::RwLock<()>,
     /// Deletions wait while this is held for writing.
     pub recalls: tokio::sync::RwLock<()>,
     pub submissions: Mutex<Vec<Submission>>,
@@ -122,6 +124,7 @@ impl Ledger for FakeLedger {
             if self.forgetful.load(Ordering::SeqCst) {
                 return Err(LedgerError::Unavailable("down".to_owned()));
             }
+            let _open = self.uses.read().await;
             Ok(self.used.lock().unwrap().insert(format!("{app} {mark}")))
         })
     }

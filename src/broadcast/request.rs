@@ -18,6 +18,9 @@ pub const MAX_REQUEST_ID: usize = 128;
 pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
 /// The default and the longest time that a request id is remembered, in milliseconds: 7 days.
 pub const MAX_DEDUPE_MS: u64 = 7 * 24 * HOUR_MS;
+/// The shortest time that a request id is remembered, in milliseconds, however little is asked for: 5 minutes. A verdict that was
+/// forgotten while its answer was on the way, because Redis stood still, say, would be a second broadcast.
+pub const MIN_DEDUPE_MS: u64 = 300_000;
 /// How long a retained broadcast is valid if the request does not say, in milliseconds: 7 days.
 pub const DEFAULT_TTL_MS: u64 = 7 * 24 * HOUR_MS;
 /// The longest validity, in milliseconds: 30 days.
@@ -45,7 +48,7 @@ pub struct RawRequest {
     pub ttl_seconds: Option<i64>,
     /// Platforms, of ios, aos, pc, web, mac; every one if left out.
     pub target_os: Option<Vec<String>>,
-    /// For how long the request id is remembered, in seconds.
+    /// For how long the request id is remembered at least, in seconds.
     pub dedupe_seconds: Option<i64>,
 }
 
@@ -64,7 +67,7 @@ pub struct Request {
     pub ttl_ms: Option<u64>,
     /// The platforms it is for.
     pub targets: Platforms,
-    /// For how long the request id is remembered, in milliseconds.
+    /// For how long the request id is remembered, in milliseconds; [`MIN_DEDUPE_MS`] at least if it was read from outside.
     pub dedupe_ms: u64,
 }
 
@@ -146,6 +149,7 @@ impl Request {
                 .ok()
                 .and_then(|seconds| seconds.checked_mul(1000))
                 .filter(|ms| (1..=MAX_DEDUPE_MS).contains(ms))
+                .map(|ms| ms.max(MIN_DEDUPE_MS))
                 .ok_or_else(|| {
                     let most = MAX_DEDUPE_MS / 1000;
                     Rejection::bad("bad_dedupe", format!("dedupeSeconds is from 1 to {most}"))
@@ -241,6 +245,15 @@ mod tests {
         let json = br#"{"appKey":"demo","body":"hi"}"#;
         assert_eq!(Request::from_json(json, Some("m-1")).unwrap().id, "m-1");
         assert_eq!(Request::from_json(json, None).unwrap_err().reason, "no_request_id");
+    }
+
+    #[test]
+    fn an_id_is_remembered_for_as_long_as_asked_and_five_minutes_at_least() {
+        for (seconds, expected) in [(1, MIN_DEDUPE_MS), (299, MIN_DEDUPE_MS), (301, 301_000), (604_800, MAX_DEDUPE_MS)]
+        {
+            let json = format!(r#"{{"requestId":"r","appKey":"demo","body":"hi","dedupeSeconds":{seconds}}}"#);
+            assert_eq!(parse(&json).unwrap().dedupe_ms, expected, "{seconds} s");
+        }
     }
 
     #[test]

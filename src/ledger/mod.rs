@@ -23,7 +23,7 @@ use crate::broadcast::verdict::Decision;
 #[derive(Debug, Clone, Copy, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LedgerSettings {
-    /// The newest entries of the log that are kept, at least this many (Redis trims in steps of up to 100).
+    /// The newest entries of the log that are kept, at least this many (Redis trims in steps of up to 100); 100,000 at most.
     pub log_length: u64,
     /// How long an app's log is kept after its last entry, in hours.
     pub log_hours: u64,

@@ -1,6 +1,6 @@
 //! Which acknowledgement to send when: one frame for a run of settled deliveries, single ones for those out of order.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lapin::types::DeliveryTag;
 
@@ -9,8 +9,8 @@ use lapin::types::DeliveryTag;
 pub(super) struct AckWindow {
     /// Every tag up to here is settled.
     settled_to: DeliveryTag,
-    /// Settled one by one, above it.
-    settled_above: BTreeSet<DeliveryTag>,
+    /// Runs of settled ones above it, first to last: no more of them than deliveries that are held, however long these wait.
+    settled_above: BTreeMap<DeliveryTag, DeliveryTag>,
 }
 
 /// What to send now.
@@ -25,12 +25,12 @@ pub(super) struct Acks {
 impl AckWindow {
     /// `tag` was settled by a reject: it is not acknowledged, but the run may pass it.
     pub(super) fn rejected(&mut self, tag: DeliveryTag) {
-        self.settled_above.insert(tag);
+        self.settle_above(tag);
     }
 
     /// How many are settled past one that is not.
-    pub(super) fn out_of_order(&self) -> usize {
-        self.settled_above.len()
+    pub(super) fn out_of_order(&self) -> u64 {
+        self.settled_above.iter().map(|(first, last)| last - first + 1).sum()
     }
 
     /// These are done, in any order; says how to acknowledge them.
@@ -42,14 +42,28 @@ impl AckWindow {
             if ready.remove(&next) {
                 // Never a tag that was settled singly: acknowledging one twice closes the channel.
                 acks.up_to = Some(next);
-            } else if !self.settled_above.remove(&next) {
+                self.settled_to = next;
+            } else if let Some(last) = self.settled_above.remove(&next) {
+                self.settled_to = last;
+            } else {
                 break;
             }
-            self.settled_to = next;
         }
-        acks.single = ready.iter().copied().collect();
-        self.settled_above.append(&mut ready);
+        for tag in &ready {
+            self.settle_above(*tag);
+        }
+        acks.single = ready.into_iter().collect();
         acks
+    }
+
+    fn settle_above(&mut self, tag: DeliveryTag) {
+        let last = self.settled_above.remove(&(tag + 1)).unwrap_or(tag);
+        match self.settled_above.range_mut(..tag).next_back() {
+            Some((_, before)) if *before + 1 == tag => *before = last,
+            _ => {
+                self.settled_above.insert(tag, last);
+            }
+        }
     }
 }
 
@@ -65,6 +79,17 @@ mod tests {
         assert_eq!(window.done([6, 5]), Acks { up_to: None, single: vec![5, 6] });
         assert_eq!(window.done([4]), Acks { up_to: Some(4), single: vec![] });
         assert_eq!(window.done([7]), Acks { up_to: Some(7), single: vec![] });
+    }
+
+    #[test]
+    fn one_that_waits_for_ever_costs_no_memory() {
+        let mut window = AckWindow::default();
+        for tag in 2..=10_000 {
+            assert_eq!(window.done([tag]), Acks { up_to: None, single: vec![tag] });
+        }
+        assert_eq!((window.settled_above.len(), window.out_of_order()), (1, 9_999));
+        assert_eq!(window.done([1]), Acks { up_to: Some(1), single: vec![] });
+        assert_eq!(window.out_of_order(), 0);
     }
 
     proptest! {

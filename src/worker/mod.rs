@@ -4,9 +4,11 @@
 //! the next one starts from the beginning; every request that was not settled is delivered again and finds its stored verdict.
 
 mod acks;
+mod held;
 pub(crate) mod intake;
 mod outbox;
 mod process;
+mod replies;
 mod reply_to;
 mod session;
 mod suspects;
@@ -78,10 +80,11 @@ impl Worker {
     /// `health` says whether it is consuming.
     pub async fn run(self, health: watch::Sender<Result<(), String>>, shutdown: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let replies = replies::Replies::new(&self.amqp, &self.metrics);
         while !shutdown.is_cancelled() {
             self.metrics.worker_sessions.inc();
             let started = tokio::time::Instant::now();
-            match session::run(&self, &health, &shutdown).await {
+            match session::run(&self, &replies, &health, &shutdown).await {
                 Ok(()) => break,
                 Err(error) => {
                     let reason = error.to_string();

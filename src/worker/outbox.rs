@@ -1,21 +1,22 @@
-//! Replies and dead letters, on a connection of their own: while the broker blocks publishers (memory alarm), this connection
-//! stands still, and the acknowledgements on the other one go on.
+//! Replies and dead letters, on connections of their own: while the broker blocks publishers (memory alarm), these stand still,
+//! and the acknowledgements on the other one go on.
 
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, join_all, try_join_all};
+use lapin::options::BasicPublishOptions;
 use lapin::protocol::basic::AMQPProperties;
 use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
-use lapin::{BasicProperties, Channel, Confirmation, Connection, PublisherConfirm};
-
-use futures_util::future::{join_all, try_join_all};
+use lapin::{BasicProperties, Confirmation, Connection};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::intake::Item;
+use super::replies::{Lost, Replies, Reply};
 use super::{SessionError, topology};
-use crate::amqp::{AmqpSettings, connect, describe};
+use crate::amqp::{AmqpSettings, Publisher, connect, describe};
 use crate::backoff::Backoff;
 use crate::broadcast::verdict::Verdict;
 use crate::metrics::Metrics;
@@ -29,10 +30,10 @@ const MAX_KEPT_HEADER_BYTES: usize = 8192;
 /// A broker that takes longer to store dead letters is not well; the session is rebuilt and the requests come again.
 const DEAD_LETTER_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub(super) struct Outbox {
+pub(super) struct Outbox<'a> {
     connection: Connection,
-    replies: Channel,
-    dead_letters: Mutex<Channel>,
+    replies: &'a Replies,
+    dead_letters: Mutex<DeadLetters>,
     /// Why dead letters cannot be stored just now. A std Mutex, not tokio's: never held across an await.
     trouble: std::sync::Mutex<Option<String>>,
     settings: AmqpSettings,
@@ -40,18 +41,37 @@ pub(super) struct Outbox {
     metrics: Metrics,
 }
 
-/// A message on its way to the broker.
-pub(super) struct Sent(Option<PublisherConfirm>);
+struct DeadLetters {
+    publisher: Publisher,
+    backoff: Backoff,
+}
 
-impl Outbox {
+/// What became of an attempt to store dead letters.
+pub(super) enum Stored {
+    /// The broker has them all.
+    All,
+    /// It may have some of them. Or the worker is to stop.
+    NotAll,
+    /// Nothing was tried: the broker takes no publishes just now.
+    Blocked,
+}
+
+/// A reply on its way to the broker; `None`: nobody waits for one.
+pub(super) struct Sent<'a>(Option<BoxFuture<'a, Result<(), Lost>>>);
+
+impl<'a> Outbox<'a> {
     pub(super) async fn open(
         settings: &AmqpSettings,
         reply_timeout: Duration,
         metrics: Metrics,
+        replies: &'a Replies,
     ) -> Result<Self, SessionError> {
-        let connection = connect(settings, "broadcastd worker: replies").await.map_err(SessionError::Connect)?;
-        let replies = confirming(&connection).await?;
-        let dead_letters = Mutex::new(confirming(&connection).await?);
+        let connection = connect(settings, "broadcastd worker: dead letters").await.map_err(SessionError::Connect)?;
+        replies.prepare().await;
+        let dead_letters = Mutex::new(DeadLetters {
+            publisher: Publisher::open(&connection).await?,
+            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
+        });
         Ok(Self {
             connection,
             replies,
@@ -64,52 +84,42 @@ impl Outbox {
     }
 
     pub(super) fn connected(&self) -> bool {
-        self.connection.status().connected() && self.replies.status().connected()
+        self.connection.status().connected()
     }
 
+    /// Whether the broker takes no publishes just now: it tells each connection for itself, and means all.
     pub(super) fn blocked(&self) -> bool {
-        self.connection.status().blocked()
+        self.connection.status().blocked() || self.replies.blocked()
     }
 
-    /// Sends the verdict to whoever asked for it. A reply that cannot be sent is counted, never waited for without bound: its
+    /// The verdict for whoever asked for it. A reply that cannot be sent is counted, never waited for without bound: its
     /// sender asks again with the same request id and gets the stored verdict.
-    pub(super) async fn reply(&self, item: &Item, verdict: &Verdict) -> Sent {
-        let Some(reply_to) = item.reply_to.clone() else { return Sent(None) };
+    ///
+    /// It is sent with [`Outbox::replied`].
+    pub(super) fn reply(&self, item: &Item, verdict: &Verdict) -> Sent<'_> {
+        let Some(to) = item.reply_to.clone() else { return Sent(None) };
         if self.blocked() {
-            self.metrics.replies_lost.with_label_values(&["blocked"]).inc();
-            return Sent(None);
+            return Sent(Some(std::future::ready(Err(Lost::Blocked)).boxed()));
         }
         let mut properties = BasicProperties::default().with_content_type("application/json".into());
         if let Some(correlation_id) = item.correlation_id.clone() {
             properties = properties.with_correlation_id(correlation_id);
         }
         let body = verdict.reply(item.request.as_ref()).to_string();
-        match self.replies.basic_publish("".into(), reply_to, MANDATORY, body.as_bytes(), properties).await {
-            Ok(confirm) => Sent(Some(confirm)),
-            Err(_) => {
-                self.metrics.replies_lost.with_label_values(&["connection"]).inc();
-                Sent(None)
-            }
-        }
+        Sent(Some(self.replies.send(Reply { to, body, properties }).boxed()))
     }
 
-    /// Waits until the broker has the replies, or the reply timeout; together, so that it is one timeout for all.
-    pub(super) async fn replied(&self, sent: Vec<Sent>) {
+    /// Sends the replies and waits until the broker has them, or the reply timeout; together, so that it is one timeout for all.
+    pub(super) async fn replied(&self, sent: Vec<Sent<'_>>) {
         join_all(sent.into_iter().map(|sent| self.confirmed(sent))).await;
     }
 
-    async fn confirmed(&self, sent: Sent) {
-        let Sent(Some(confirm)) = sent else { return };
-        let lost = match tokio::time::timeout(self.reply_timeout, confirm).await {
-            Ok(Ok(Confirmation::Ack(None) | Confirmation::NotRequested)) => {
-                self.metrics.replies.inc();
-                return;
-            }
-            Ok(Ok(_)) => "unroutable",
-            Ok(Err(_)) => "connection",
-            Err(_) => "timeout",
-        };
-        self.metrics.replies_lost.with_label_values(&[lost]).inc();
+    async fn confirmed(&self, sent: Sent<'_>) {
+        let Sent(Some(outcome)) = sent else { return };
+        match tokio::time::timeout(self.reply_timeout, outcome).await.unwrap_or(Err(Lost::Timeout)) {
+            Ok(()) => self.metrics.replies.inc(),
+            Err(lost) => self.metrics.replies_lost.with_label_values(&[lost.label()]).inc(),
+        }
     }
 
     /// Why dead letters cannot be stored just now, if so.
@@ -117,12 +127,10 @@ impl Outbox {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Puts requests on the dead-letter queue, with the reason in their headers: unchanged, but for those too large ever to be
-    /// accepted, of which the beginning is kept, and `x-size` says how much there was. Returns when the broker has all,
-    /// however long that takes: a session that ended for want of a dead-letter exchange would raise the delivery count of
-    /// everything that it holds, again and again, until good requests were dead letters, too.
-    ///
-    /// `false`: the worker is to stop and they are not stored.
+    /// Tries to put requests on the dead-letter queue, with the reason in their headers: unchanged, but for those too large ever to
+    /// be accepted, of which the beginning is kept, and `x-size` says how much there was. If the attempt before failed, it first
+    /// waits a while and mends what it can. An error is the end of the session; a missing exchange is none: new sessions would
+    /// raise the delivery count of everything that is held, again and again, until good requests were dead letters, too.
     ///
     /// One call at a time: lapin hands a returned message to whichever confirmation resolves next, so that a failure can only
     /// be told of all that is under way together.
@@ -130,51 +138,60 @@ impl Outbox {
         &self,
         dead: &[(Item, Verdict)],
         shutdown: &CancellationToken,
-    ) -> Result<bool, SessionError> {
-        let mut channel = self.dead_letters.lock().await;
-        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
-        loop {
-            let reason = match self.try_dead_letter(&channel, dead).await {
-                Ok(()) => break,
-                Err(SessionError::DeadLetter(reason)) if !self.blocked() && self.connection.status().connected() => {
-                    reason
-                }
-                Err(error) => return Err(error),
-            };
-            self.metrics.dead_letter_failures.inc();
-            let before = self.trouble.lock().unwrap_or_else(PoisonError::into_inner).replace(reason.clone());
-            if before.is_none() {
-                tracing::error!(
-                    reason,
-                    requests = dead.len(),
-                    "dead letters cannot be stored; their requests are held"
-                );
-            }
+    ) -> Result<Stored, SessionError> {
+        let mut dead_letters = self.dead_letters.lock().await;
+        let DeadLetters { publisher, backoff } = &mut *dead_letters;
+        if self.trouble().is_some() {
             tokio::select! {
                 () = backoff.wait() => {}
-                () = shutdown.cancelled() => return Ok(false),
+                () = shutdown.cancelled() => return Ok(Stored::NotAll),
             }
-            // A channel of its own: an error closes it. What goes wrong here shows with the next attempt.
+            // A channel of its own: an error closes it. What goes wrong here shows with the attempt.
             if let Ok(declaring) = self.connection.create_channel().await
                 && topology::declare_dead_letters(&declaring, &self.settings).await.is_ok()
             {
                 let _ = declaring.close(200, "done".into()).await;
             }
-            if !channel.status().connected() {
-                *channel = confirming(&self.connection).await?;
-            }
         }
-        if self.trouble.lock().unwrap_or_else(PoisonError::into_inner).take().is_some() {
+        if self.blocked() {
+            return Ok(Stored::Blocked);
+        }
+        if !publisher.is_usable() {
+            *publisher = Publisher::open(&self.connection).await?;
+        }
+        match self.try_dead_letter(publisher, dead).await {
+            Ok(()) => {}
+            // The alarm came up just now, with this publish.
+            Err(_) if self.blocked() => return Ok(Stored::Blocked),
+            Err(SessionError::DeadLetter(reason)) if self.connection.status().connected() => {
+                self.metrics.dead_letter_failures.inc();
+                if self.set_trouble(Some(reason.clone())).is_none() {
+                    tracing::error!(
+                        reason,
+                        requests = dead.len(),
+                        "dead letters cannot be stored; their requests are held"
+                    );
+                }
+                return Ok(Stored::NotAll);
+            }
+            Err(error) => return Err(error),
+        }
+        if self.set_trouble(None).is_some() {
+            backoff.reset();
             tracing::info!("dead letters are stored again");
         }
         for (_, verdict) in dead {
             self.metrics.dead_lettered.with_label_values(&[verdict.reason()]).inc();
         }
-        Ok(true)
+        Ok(Stored::All)
+    }
+
+    fn set_trouble(&self, reason: Option<String>) -> Option<String> {
+        std::mem::replace(&mut *self.trouble.lock().unwrap_or_else(PoisonError::into_inner), reason)
     }
 
     /// `DeadLetter`: the broker answered that it cannot take them.
-    async fn try_dead_letter(&self, channel: &Channel, dead: &[(Item, Verdict)]) -> Result<(), SessionError> {
+    async fn try_dead_letter(&self, publisher: &Publisher, dead: &[(Item, Verdict)]) -> Result<(), SessionError> {
         let failed = |error: lapin::Error| SessionError::DeadLetter(describe(&error));
         let name: ShortString = self.settings.dead_letter.as_str().into();
         let mut confirms = Vec::with_capacity(dead.len());
@@ -185,7 +202,7 @@ impl Outbox {
                 headers.insert("x-size".into(), AMQPValue::LongLongInt(i64::try_from(item.size).unwrap_or(i64::MAX)));
                 properties = properties.with_headers(headers);
             }
-            let sent = channel.basic_publish(name.clone(), name.clone(), MANDATORY, &item.payload, properties);
+            let sent = publisher.publish(name.clone(), name.clone(), MANDATORY, &item.payload, properties);
             confirms.push(sent.await.map_err(failed)?);
         }
         let all = try_join_all(confirms);
@@ -199,13 +216,6 @@ impl Outbox {
             Err(SessionError::DeadLetter("no queue takes them".into()))
         }
     }
-}
-
-/// A channel on which every publish is confirmed.
-async fn confirming(connection: &Connection) -> Result<Channel, lapin::Error> {
-    let channel = connection.create_channel().await?;
-    channel.confirm_select(ConfirmSelectOptions::default()).await?;
-    Ok(channel)
 }
 
 /// The properties of a dead letter. Only what cannot harm is carried over: a `user_id` would have the broker refuse it, an

@@ -1,17 +1,20 @@
-//! One batch of deliveries, from intake to the point where they may be settled.
+//! What is done with deliveries, from intake until they are settled.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use lapin::Channel;
 use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, BasicQosOptions, BasicRejectOptions};
 use tokio_util::sync::CancellationToken;
 
+use super::acks::AckWindow;
 use super::intake::{self, Item};
-use super::outbox::Outbox;
+use super::outbox::{Outbox, Stored};
 use super::{SessionError, Worker};
-use crate::backoff::Backoff;
 use crate::broadcast::request::Submission;
 use crate::broadcast::verdict::{Rejection, Verdict, code};
 use crate::failpoint;
+use crate::ledger::LedgerError;
 
 /// How a delivery is to be settled.
 pub(super) enum Settle {
@@ -38,103 +41,68 @@ pub(super) fn sort(worker: &Worker, deliveries: impl Iterator<Item = Delivery>) 
     (rejected, submissions)
 }
 
-/// Has the ledger decide a batch. `None`: the worker is to stop and the ledger still does not answer; closing the connection
-/// gives the batch back to the queue.
-pub(super) async fn decide(worker: &Worker, shutdown: &CancellationToken, batch: Open) -> Option<Decided> {
-    let (items, submissions): (Vec<Item>, Vec<Submission>) = batch.into_iter().unzip();
-    for submission in &submissions {
+/// What became of one question to the ledger.
+pub(super) struct Answered {
+    pub(super) decided: Decided,
+    /// Not decided, and why one of them was not: to be asked about again.
+    pub(super) open: Open,
+    pub(super) error: Option<LedgerError>,
+}
+
+/// Has the ledger decide a batch that is fresh.
+pub(super) async fn decide(worker: &Worker, batch: Open) -> Answered {
+    for (_, submission) in &batch {
         failpoint::reached("worker::before-ledger", submission.request.id.as_str());
     }
-    let verdicts = ask(worker, shutdown, &submissions).await?;
-    let decided = items.into_iter().zip(submissions).zip(verdicts).map(|((mut item, submission), verdict)| {
-        item.request = Some(submission.request);
-        (item, verdict)
-    });
-    Some(decided.collect())
+    ask(worker, batch).await
 }
 
-/// Asks the ledger, however long it takes: while it does not answer, the deliveries are held, unacknowledged and
-/// bounded by the prefetch. Handing them back would only burn their delivery limit.
-///
-/// `None`: the worker is to stop and the ledger still does not answer.
-async fn ask(worker: &Worker, shutdown: &CancellationToken, submissions: &[Submission]) -> Option<Vec<Verdict>> {
-    let mut verdicts: Vec<Option<Verdict>> = vec![None; submissions.len()];
-    let mut open: Vec<usize> = (0..submissions.len()).collect();
-    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
-    let mut held = Held { gauge: &worker.metrics.held, count: 0 };
-    let mut again: Vec<Submission> = Vec::new();
-    loop {
-        let timer = worker.metrics.accept_seconds.start_timer();
-        let batch = if open.len() == submissions.len() { submissions } else { &again };
-        let answers = worker.ledger.accept(batch).await;
-        timer.observe_duration();
-        let mut warned = held.count > 0;
-        for (&position, answer) in open.iter().zip(answers) {
-            match answer {
-                Ok(decision) => verdicts[position] = Some(decision.into()),
-                Err(error) if error.is_retryable() => {
-                    if !std::mem::replace(&mut warned, true) {
-                        tracing::warn!(%error, "requests are held until the ledger answers");
-                    }
-                }
-                Err(error) => {
-                    tracing::error!(%error, app = %submissions[position].request.app, "a request cannot be decided");
-                    let desc = "the app's stored data is unreadable; its operator has to look";
-                    verdicts[position] = Some(Verdict::Rejected(Rejection {
-                        code: code::UNKNOWN,
-                        reason: "ledger_corrupt",
-                        desc: desc.into(),
-                    }));
-                }
-            }
-        }
-        // By what is missing, not by what failed: a request without an answer must not get its neighbour's.
-        let still_open: Vec<usize> = open.into_iter().filter(|position| verdicts[*position].is_none()).collect();
-        if still_open.is_empty() {
-            return Some(verdicts.into_iter().flatten().collect());
-        }
-        if shutdown.is_cancelled() {
-            tracing::warn!(requests = submissions.len(), "stopping while the ledger is away: given back to the queue");
-            return None;
-        }
-        held.set(still_open.len());
-        worker.metrics.ledger_retries.inc();
-        again = still_open.iter().map(|position| submissions[*position].clone()).collect();
-        open = still_open;
-        tokio::select! {
-            () = backoff.wait() => {}
-            () = shutdown.cancelled() => {}
-        }
-    }
-}
-
-/// Keeps the gauge right, also when the session ends in the middle.
-struct Held<'a> {
-    gauge: &'a prometheus::IntGauge,
-    count: i64,
-}
-
-impl Held<'_> {
-    fn set(&mut self, count: usize) {
-        let count = i64::try_from(count).unwrap_or(i64::MAX);
-        self.gauge.add(count - self.count);
-        self.count = count;
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.gauge.sub(self.count);
-    }
-}
-
-/// Tells the senders of what was accepted, keeps what nobody can be told of, and says how to settle.
-pub(super) async fn finish(
+/// Asks the ledger again, after a while.
+pub(super) async fn decide_again(
     worker: &Worker,
-    outbox: &Outbox,
     shutdown: &CancellationToken,
-    items: Decided,
-) -> Result<Vec<Settle>, SessionError> {
+    delay: Duration,
+    batch: Open,
+) -> Answered {
+    tokio::select! {
+        () = tokio::time::sleep(delay) => {}
+        () = shutdown.cancelled() => {}
+    }
+    worker.metrics.ledger_retries.inc();
+    ask(worker, batch).await
+}
+
+async fn ask(worker: &Worker, batch: Open) -> Answered {
+    let (items, submissions): (Vec<Item>, Vec<Submission>) = batch.into_iter().unzip();
+    let timer = worker.metrics.accept_seconds.start_timer();
+    let answers = worker.ledger.accept(&submissions).await;
+    timer.observe_duration();
+    let mut answered = Answered { decided: Vec::with_capacity(items.len()), open: Vec::new(), error: None };
+    // By what is missing, not by what failed: a request without an answer must not get its neighbour's.
+    let answers = answers.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+    for ((mut item, submission), answer) in items.into_iter().zip(submissions).zip(answers) {
+        let verdict = match answer {
+            Some(Ok(decision)) => decision.into(),
+            Some(Err(error)) if !error.is_retryable() => {
+                tracing::error!(%error, app = %submission.request.app, "a request cannot be decided");
+                let desc = "the app's stored data is unreadable; its operator has to look";
+                Verdict::Rejected(Rejection { code: code::UNKNOWN, reason: "ledger_corrupt", desc: desc.into() })
+            }
+            unanswered => {
+                answered.error = answered.error.or_else(|| unanswered.and_then(Result::err));
+                answered.open.push((item, submission));
+                continue;
+            }
+        };
+        item.request = Some(submission.request);
+        answered.decided.push((item, verdict));
+    }
+    answered
+}
+
+/// Tells the senders of what was accepted, and says how to settle. What nobody can be told of is for the dead letters, and
+/// comes back: it may have to wait there, and nothing else is to wait with it.
+pub(super) async fn finish(worker: &Worker, outbox: &Outbox<'_>, items: Decided) -> (Vec<Settle>, Decided) {
     let mut settled = Vec::with_capacity(items.len());
     let mut dead = Vec::new();
     let mut replies = Vec::new();
@@ -143,7 +111,7 @@ pub(super) async fn finish(
         let request_id = item.request.as_ref().map_or("", |request| request.id.as_str());
         if matches!(verdict, Verdict::Accepted(_)) {
             failpoint::reached("worker::before-reply", request_id);
-            replies.push(outbox.reply(&item, &verdict).await);
+            replies.push(outbox.reply(&item, &verdict));
             settled.push(Settle::Ack { item, reply_after: None });
         } else if item.reply_to.is_some() && !is_malformed(&item, &verdict) {
             failpoint::reached("worker::refusal-before-ack", request_id);
@@ -153,30 +121,85 @@ pub(super) async fn finish(
             dead.push((item, verdict));
         }
     }
-    let mut broker_moves = outbox.blocked();
-    if !dead.is_empty() && !broker_moves {
-        match outbox.dead_letter(&dead, shutdown).await {
-            Ok(true) => {}
-            // Unsettled: closing the connection gives them back to the queue.
-            Ok(false) => dead.clear(),
-            // The alarm came up just now, with this publish.
-            Err(_) if outbox.blocked() => broker_moves = true,
-            Err(error) => return Err(error),
-        }
+    outbox.replied(replies).await;
+    if !settled.is_empty() {
+        failpoint::reached("worker::before-ack", "");
     }
-    if !dead.is_empty() {
-        failpoint::reached("worker::after-dead-letter", "");
+    (settled, dead)
+}
+
+/// Stores dead letters and says how to settle their requests; those that could not be stored come back.
+pub(super) async fn bury(
+    outbox: &Outbox<'_>,
+    shutdown: &CancellationToken,
+    dead: Decided,
+) -> Result<(Vec<Settle>, Decided), SessionError> {
+    let stored = outbox.dead_letter(&dead, shutdown).await?;
+    if matches!(stored, Stored::NotAll) {
+        return Ok((Vec::new(), dead));
     }
-    settled.extend(dead.into_iter().map(|(item, verdict)| {
-        if broker_moves {
+    failpoint::reached("worker::after-dead-letter", "");
+    let settle = |(item, verdict): (Item, Verdict)| {
+        if matches!(stored, Stored::Blocked) {
             return Settle::Reject { item };
         }
         let reply_after = item.reply_to.is_some().then_some(verdict);
         Settle::Ack { item, reply_after }
-    }));
-    outbox.replied(replies).await;
-    failpoint::reached("worker::before-ack", "");
-    Ok(settled)
+    };
+    Ok((dead.into_iter().map(settle).collect(), Vec::new()))
+}
+
+/// Acknowledges, and returns the replies that come only after that.
+pub(super) async fn settle(
+    channel: &Channel,
+    window: &mut AckWindow,
+    settled: Vec<Settle>,
+) -> Result<Decided, SessionError> {
+    let mut tags = Vec::with_capacity(settled.len());
+    let mut late = Vec::new();
+    for settle in settled {
+        match settle {
+            Settle::Ack { item, reply_after } => {
+                tags.push(item.tag);
+                late.extend(reply_after.map(|verdict| (item, verdict)));
+            }
+            Settle::Reject { item } => {
+                channel.basic_reject(item.tag, BasicRejectOptions { requeue: false }).await?;
+                window.rejected(item.tag);
+            }
+        }
+    }
+    let acks = window.done(tags);
+    if !channel.status().connected() {
+        return Err(SessionError::AckRefused);
+    }
+    if let Some(tag) = acks.up_to {
+        channel.basic_ack(tag, BasicAckOptions { multiple: true }).await?;
+    }
+    for tag in acks.single {
+        channel.basic_ack(tag, BasicAckOptions { multiple: false }).await?;
+    }
+    Ok(late)
+}
+
+/// Once the broker has the acknowledgements, what comes only after that: the late replies. They take another connection, so
+/// without waiting a crash could lose the acknowledgement of a request whose refusal was told.
+pub(super) async fn tell_late(
+    worker: &Worker,
+    channel: &Channel,
+    outbox: &Outbox<'_>,
+    replies: Decided,
+) -> Result<(), SessionError> {
+    // A channel's calls are carried out in order. This one changes nothing, and has an answer.
+    channel.basic_qos(worker.amqp.prefetch, BasicQosOptions::default()).await?;
+    let mut sent = Vec::with_capacity(replies.len());
+    for (item, verdict) in &replies {
+        let request_id = item.request.as_ref().map_or("", |request| request.id.as_str());
+        failpoint::reached("worker::refusal-after-ack", request_id);
+        sent.push(outbox.reply(item, verdict));
+    }
+    outbox.replied(sent).await;
+    Ok(())
 }
 
 /// Whether the request itself is at fault, rather than its sender's rights or limits.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer};
 use super::Worker;
 
 /// What names made by the broker for direct reply-to begin with.
-const DIRECT: &str = "amq.rabbitmq.reply-to";
+const PREFIX: &str = "amq.rabbitmq.reply-to";
 /// The most patterns.
 const MOST: usize = 100;
 
@@ -58,19 +58,46 @@ pub(super) fn is_allowed(worker: &Worker, name: &str) -> bool {
     if name == amqp.queue || name == amqp.dead_letter {
         return false;
     }
-    if name.starts_with(DIRECT) { is_direct(name) } else { worker.settings.allowed_reply_queues.allow(name) }
+    if name.starts_with(PREFIX) { Node::of(name).is_some() } else { worker.settings.allowed_reply_queues.allow(name) }
 }
 
-/// Whether it is a direct reply-to name as the broker makes them. Versions up to 3.10 close the connection over one that is not
-/// one of theirs.
-fn is_direct(name: &str) -> bool {
-    let is_base64 = |part: &str| {
-        part.len() >= 16
-            && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=' | b'-' | b'_'))
-    };
-    let direct =
-        name.strip_prefix(DIRECT).and_then(|rest| rest.strip_prefix('.')).and_then(|rest| rest.split_once('.'));
-    direct.is_some_and(|(a, b)| is_base64(a) && is_base64(b))
+/// A node of the broker, as the names tell it: a hash of its own name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Node(u32);
+
+impl Node {
+    /// The node of a name as brokers from 3.10 on make them, `None` for any other: `PREFIX.<pid>.<key>` in base64, where the pid
+    /// is an Erlang term whose node is written `reply@<hash>`. Strict: 3.10 cannot read anything else, and ends the connection.
+    pub(super) fn of(name: &str) -> Option<Self> {
+        let (pid, key) = name.strip_prefix(PREFIX)?.strip_prefix('.')?.split_once('.')?;
+        if decode(key)?.len() != 16 {
+            return None;
+        }
+        let pid = decode(pid)?;
+        // 131: a term. 88 and 103: a pid with three numbers behind its node, the last of them of 4 bytes or of 1.
+        let (numbers, rest) = match pid.as_slice() {
+            [131, 88, rest @ ..] => (12, rest),
+            [131, 103, rest @ ..] => (9, rest),
+            _ => return None,
+        };
+        // 118 and 119: an atom in UTF-8, its length in 2 bytes or in 1.
+        let (length, rest) = match rest {
+            [118, high, low, rest @ ..] => (u16::from_be_bytes([*high, *low]).into(), rest),
+            [119, length, rest @ ..] => (usize::from(*length), rest),
+            _ => return None,
+        };
+        let (node, rest) = rest.split_at_checked(length)?;
+        let hash = std::str::from_utf8(node).ok()?.strip_prefix("reply@")?;
+        let is_number = hash.bytes().all(|byte| byte.is_ascii_digit()) && (hash == "0" || !hash.starts_with('0'));
+        // Erlang's phash2 has 27 bits.
+        let hash: u32 = hash.parse().ok().filter(|hash| is_number && *hash < 1 << 27)?;
+        (rest.len() == numbers).then_some(Self(hash))
+    }
+}
+
+fn decode(text: &str) -> Option<Vec<u8>> {
+    use base64::Engine;
+    base64::engine::general_purpose::STANDARD.decode(text).ok()
 }
 
 /// Each text between two stars is looked for after the one before: as many steps as the name has bytes, times the stars.
@@ -90,10 +117,52 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn direct(pid: &[u8], key: &[u8]) -> String {
+        use base64::Engine;
+        let encode = |bytes| base64::engine::general_purpose::STANDARD.encode(bytes);
+        format!("{PREFIX}.{}.{}", encode(pid), encode(key))
+    }
+
+    /// As RabbitMQ 3.10 to 4.2 make them: here 131, 88, 118, 0, 14, the node, three numbers; and the forms that older Erlang writes.
+    fn pid(head: &[u8], node: &str, numbers: usize) -> Vec<u8> {
+        let mut pid = head.to_vec();
+        pid.push(u8::try_from(node.len()).unwrap());
+        pid.extend(node.bytes());
+        pid.resize(pid.len() + numbers, 7);
+        pid
+    }
+
     #[test]
-    fn a_made_up_direct_reply_to_is_not_answered() {
-        assert!(is_direct("amq.rabbitmq.reply-to.g1h2AA5yZXB1111A0NzA4.AAAC9QAAAAAVgEsA6Q=="));
-        assert!(!is_direct("amq.rabbitmq.reply-to.!!.x") && !is_direct("amq.rabbitmq.reply-to"));
+    fn a_name_as_the_broker_makes_them_tells_its_node() {
+        let real = direct(&pid(&[131, 88, 118, 0], "reply@77107028", 12), &[7; 16]);
+        assert_eq!(Node::of(&real), Some(Node(77_107_028)));
+        let short = direct(&pid(&[131, 88, 119], "reply@0", 12), &[7; 16]);
+        let old = direct(&pid(&[131, 103, 118, 0], "reply@1", 9), &[7; 16]);
+        assert_eq!((Node::of(&short), Node::of(&old)), (Some(Node(0)), Some(Node(1))));
+    }
+
+    #[test]
+    fn a_made_up_direct_reply_to_is_none() {
+        let key = [7; 16];
+        for (why, name) in [
+            ("no pid", PREFIX.to_owned()),
+            ("no key", format!("{PREFIX}.x")),
+            ("no base64", format!("{PREFIX}.!!.x")),
+            ("base64 of nothing", format!("{PREFIX}.{0}.{0}", "A".repeat(16))),
+            ("an atom in Latin-1, which 3.10 cannot read", direct(&pid(&[131, 88, 100, 0], "reply@1", 12), &key)),
+            ("another term", direct(&pid(&[131, 87, 118, 0], "reply@1", 12), &key)),
+            ("a number short", direct(&pid(&[131, 88, 118, 0], "reply@1", 8), &key)),
+            ("a byte more", direct(&pid(&[131, 88, 118, 0], "reply@1", 13), &key)),
+            ("a length past the end", direct(&[131, 88, 118, 255, 255, b'r'], &key)),
+            ("another node name", direct(&pid(&[131, 88, 118, 0], "rabbit@host", 12), &key)),
+            ("no number", direct(&pid(&[131, 88, 118, 0], "reply@", 12), &key)),
+            ("a sign", direct(&pid(&[131, 88, 118, 0], "reply@+1", 12), &key)),
+            ("a second spelling", direct(&pid(&[131, 88, 118, 0], "reply@01", 12), &key)),
+            ("no hash of 27 bits", direct(&pid(&[131, 88, 118, 0], "reply@134217728", 12), &key)),
+            ("a short key", direct(&pid(&[131, 88, 118, 0], "reply@1", 12), &key[1..])),
+        ] {
+            assert_eq!(Node::of(&name), None, "{why}");
+        }
     }
 
     #[test]

@@ -7,67 +7,70 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Connection, Consumer};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::acks::AckWindow;
-use super::intake::Item;
+use super::held::{Again, Held};
 use super::outbox::Outbox;
-use super::process::{self, Decided, Settle};
+use super::process::{self, Answered, Decided, Settle};
+use super::replies::Replies;
 use super::suspects::{self, Suspects};
 use super::{SessionError, Worker, topology};
 use crate::amqp::connect;
-use crate::broadcast::verdict::Verdict;
-use crate::failpoint;
 
 /// How often the outbox is looked at: lapin tells the death of a connection only to those that use it.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// So many may be acknowledged past one that waits; beyond it suspects are no longer made to wait for what is fresh.
-const MOST_OUT_OF_ORDER: usize = 100_000;
+const MOST_OUT_OF_ORDER: u64 = 100_000;
 
 /// With so many batches at the ledger another one that is not full waits for more: it would only be another round trip.
 const ENOUGH_AT_LEDGER: usize = 2;
 
-/// A batch on its way; `alone`: it is a single suspect.
+/// A step that was done; `alone`: with a single suspect.
 enum Done {
-    /// The ledger has decided it; `None`: the worker is to stop, and it does not answer.
-    Answered {
-        decided: Option<Decided>,
-        alone: bool,
-    },
-    /// It may be settled.
-    Finished {
-        settled: Result<Vec<Settle>, SessionError>,
-        alone: bool,
-    },
-    Acknowledged {
-        result: Result<(), SessionError>,
-        alone: bool,
-    },
+    /// The ledger was asked; `again`: about what is held.
+    Answered { answered: Answered, again: bool, alone: bool },
+    /// These may be settled, those are for the dead letters.
+    Finished { settled: Vec<Settle>, dead: Decided, alone: bool },
+    /// The same of dead letters, of which some may not be stored.
+    Buried { result: Result<(Vec<Settle>, Decided), SessionError>, alone: bool },
+    /// Acknowledged, and told what comes only after that.
+    Told { result: Result<(), SessionError>, alone: bool },
+}
+
+/// Dead letters that wait for the one attempt that is under way; bounded by the prefetch, as they are not acknowledged.
+#[derive(Default)]
+struct Dead {
+    waiting: Decided,
+    storing: bool,
+    /// A suspect is among those that wait.
+    suspect: bool,
 }
 
 /// How long it may take from connecting to consuming. A broker that is booting answers some calls and leaves others hanging.
 const SETUP_TIMEOUT: Duration = Duration::from_secs(30);
 
-struct Session {
+struct Session<'a> {
     connection: Connection,
     channel: Channel,
     consumer: Consumer,
-    outbox: Outbox,
+    outbox: Outbox<'a>,
 }
 
 /// Runs a session. `Ok` after an orderly stop.
 pub(super) async fn run(
     worker: &Worker,
+    replies: &Replies,
     health: &watch::Sender<Result<(), String>>,
     shutdown: &CancellationToken,
 ) -> Result<(), SessionError> {
     let Session { connection, channel, consumer, outbox } = tokio::select! {
-        session = tokio::time::timeout(SETUP_TIMEOUT, open(worker)) => {
+        session = tokio::time::timeout(SETUP_TIMEOUT, open(worker, replies)) => {
             session.map_err(|_| SessionError::Connect("the broker does not answer".into()))??
         }
         () = shutdown.cancelled() => return Ok(()),
@@ -82,14 +85,14 @@ pub(super) async fn run(
     result
 }
 
-async fn open(worker: &Worker) -> Result<Session, SessionError> {
+async fn open<'a>(worker: &Worker, replies: &'a Replies) -> Result<Session<'a>, SessionError> {
     let connection = connect(&worker.amqp, "broadcastd worker: requests").await.map_err(SessionError::Connect)?;
     let channel = connection.create_channel().await?;
     topology::declare(&channel, &worker.amqp).await?;
     // Before consume: without it lapin takes the whole queue into memory.
     channel.basic_qos(worker.amqp.prefetch, BasicQosOptions::default()).await?;
     let reply_timeout = Duration::from_millis(worker.settings.reply_timeout_ms);
-    let outbox = Outbox::open(&worker.amqp, reply_timeout, worker.metrics.clone()).await?;
+    let outbox = Outbox::open(&worker.amqp, reply_timeout, worker.metrics.clone(), replies).await?;
     let consumer = channel
         .basic_consume(
             worker.amqp.queue.as_str().into(),
@@ -105,7 +108,7 @@ async fn consume(
     worker: &Worker,
     channel: &Channel,
     mut consumer: Consumer,
-    outbox: &Outbox,
+    outbox: &Outbox<'_>,
     health: &watch::Sender<Result<(), String>>,
     shutdown: &CancellationToken,
 ) -> Result<(), SessionError> {
@@ -117,31 +120,76 @@ async fn consume(
     let mut random = fastrand::Rng::new();
     let mut suspect_under_way = false;
     let mut at_ledger = 0;
+    let mut held = Held::new(&worker.metrics.held);
+    let mut dead = Dead::default();
+    // Steps that take none of the places of fresh batches: a question about what is held, an attempt to store dead letters.
+    let mut apart = 0;
     // Nothing has arrived between the last two looks, or since.
     let mut quiet = false;
     let mut arrived = false;
     let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK_EVERY, LOOK_EVERY);
     let mut consuming = true;
     while consuming || !work.is_empty() {
-        let room = work.len() < worker.settings.batches_in_flight;
+        let room = work.len() - apart < worker.settings.batches_in_flight;
         let mut suspect_is_due = window.out_of_order() > MOST_OUT_OF_ORDER;
         let mut arrivals = Vec::new();
         tokio::select! {
             Some(done) = work.next() => match done {
-                Done::Answered { decided, alone } => {
-                    at_ledger -= 1;
-                    if let Some(decided) = decided {
-                        let finished = move |settled| Done::Finished { settled, alone };
-                        work.push(process::finish(worker, outbox, shutdown, decided).map(finished).boxed());
+                Done::Answered { answered: Answered { decided, open, error }, again, alone } => {
+                    if again {
+                        apart -= 1;
+                    } else {
+                        at_ledger -= 1;
+                    }
+                    if let Some(error) = error.filter(|_| held.is_empty()) {
+                        tracing::warn!(%error, "requests are held until the ledger answers");
+                    }
+                    if !open.is_empty() && alone {
+                        // While it is held, other suspects have their turn.
+                        suspect_under_way = false;
+                    }
+                    let is_away = decided.is_empty();
+                    let count = open.len();
+                    let open = if consuming { open } else { Vec::new() };
+                    if again {
+                        held.tried(open, alone);
+                    } else {
+                        held.hold(open, alone);
+                    }
+                    if !consuming && count > 0 {
+                        let requests = count + if is_away { held.give_back() } else { 0 };
+                        tracing::warn!(requests, "stopping while the ledger does not answer: given back to the queue");
+                    }
+                    if !decided.is_empty() {
+                        work.push(finished(worker, outbox, decided, alone && !again));
                     }
                 }
-                Done::Finished { settled, alone } => {
-                    let late = settle(channel, &mut window, settled?).await?;
-                    if alone || !late.is_empty() {
-                        work.push(acknowledged(worker, channel, outbox, late, alone).boxed());
+                Done::Finished { settled, dead: more, alone } => {
+                    let is_settled = more.is_empty();
+                    dead.waiting.extend(more);
+                    dead.suspect |= alone && !is_settled;
+                    let late = process::settle(channel, &mut window, settled).await?;
+                    if (alone && is_settled) || !late.is_empty() {
+                        work.push(told(worker, channel, outbox, late, alone && is_settled));
                     }
                 }
-                Done::Acknowledged { result, alone } => {
+                Done::Buried { result, alone } => {
+                    apart -= 1;
+                    dead.storing = false;
+                    let (settled, left) = result?;
+                    // Behind the others: what cannot be stored must not keep those back.
+                    if consuming {
+                        dead.waiting.extend(left);
+                    }
+                    // Where it has to wait, other suspects have their turn.
+                    let is_settled = !settled.is_empty();
+                    suspect_under_way &= is_settled || !alone;
+                    let late = process::settle(channel, &mut window, settled).await?;
+                    if (alone && is_settled) || !late.is_empty() {
+                        work.push(told(worker, channel, outbox, late, alone && is_settled));
+                    }
+                }
+                Done::Told { result, alone } => {
                     result?;
                     suspect_under_way &= !alone;
                 }
@@ -165,7 +213,7 @@ async fn consume(
                 waiting.clear();
                 suspects.clear();
                 channel.basic_cancel("broadcastd".into(), BasicCancelOptions::default()).await?;
-                tracing::info!(batches = work.len(), "no longer consuming; settling what is held");
+                tracing::info!(steps = work.len(), "no longer consuming; settling what is held");
             },
         }
         // What has arrived meanwhile shares the round trip.
@@ -187,21 +235,34 @@ async fn consume(
             }
         }
         // Bounded: a batch under way, or its late replies, each take one of the places.
-        while work.len() < worker.settings.batches_in_flight
+        while work.len() - apart < worker.settings.batches_in_flight
             && !waiting.is_empty()
             && (waiting.len() >= worker.settings.batch || at_ledger < ENOUGH_AT_LEDGER)
         {
             let count = waiting.len().min(worker.settings.batch);
-            at_ledger += begin(worker, outbox, shutdown, &work, waiting.drain(..count), false);
+            at_ledger += begin(worker, outbox, &work, waiting.drain(..count), false);
         }
-        let is_turn = suspect_is_due || (quiet && work.is_empty());
+        let is_turn = suspect_is_due || (quiet && work.len() == apart);
         if consuming
             && is_turn
             && !suspect_under_way
             && let Some(suspect) = suspects.take(&mut random)
         {
             suspect_under_way = true;
-            at_ledger += begin(worker, outbox, shutdown, &work, std::iter::once(suspect), true);
+            at_ledger += begin(worker, outbox, &work, std::iter::once(suspect), true);
+        }
+        if let Some(Again { requests, alone, delay }) = held.again(worker.settings.batch) {
+            apart += 1;
+            let answered = move |answered| Done::Answered { answered, again: true, alone };
+            work.push(process::decide_again(worker, shutdown, delay, requests).map(answered).boxed());
+        }
+        if !dead.storing && !dead.waiting.is_empty() {
+            apart += 1;
+            dead.storing = true;
+            let alone = std::mem::take(&mut dead.suspect);
+            let count = dead.waiting.len().min(worker.settings.batch);
+            let buried = move |result| Done::Buried { result, alone };
+            work.push(process::bury(outbox, shutdown, dead.waiting.drain(..count).collect()).map(buried).boxed());
         }
     }
     Ok(())
@@ -210,8 +271,7 @@ async fn consume(
 /// Starts on a batch; returns how many go to the ledger: one, or none. `alone`: it is a single suspect.
 fn begin<'a>(
     worker: &'a Worker,
-    outbox: &'a Outbox,
-    shutdown: &'a CancellationToken,
+    outbox: &'a Outbox<'a>,
     work: &FuturesUnordered<BoxFuture<'a, Done>>,
     deliveries: impl ExactSizeIterator<Item = Delivery>,
     alone: bool,
@@ -224,15 +284,28 @@ fn begin<'a>(
         tracing::warn!(request_id, "a request that was delivered again and again is tried alone");
     }
     if !rejected.is_empty() {
-        let finished = move |settled| Done::Finished { settled, alone };
-        work.push(process::finish(worker, outbox, shutdown, rejected).map(finished).boxed());
+        work.push(finished(worker, outbox, rejected, alone));
     }
     if submissions.is_empty() {
         return 0;
     }
-    let answered = move |decided| Done::Answered { decided, alone };
-    work.push(process::decide(worker, shutdown, submissions).map(answered).boxed());
+    let answered = move |answered| Done::Answered { answered, again: false, alone };
+    work.push(process::decide(worker, submissions).map(answered).boxed());
     1
+}
+
+fn finished<'a>(worker: &'a Worker, outbox: &'a Outbox<'a>, decided: Decided, alone: bool) -> BoxFuture<'a, Done> {
+    process::finish(worker, outbox, decided).map(move |(settled, dead)| Done::Finished { settled, dead, alone }).boxed()
+}
+
+fn told<'a>(
+    worker: &'a Worker,
+    channel: &'a Channel,
+    outbox: &'a Outbox<'a>,
+    late: Decided,
+    alone: bool,
+) -> BoxFuture<'a, Done> {
+    process::tell_late(worker, channel, outbox, late).map(move |result| Done::Told { result, alone }).boxed()
 }
 
 /// What no call would tell: a connection that died while nothing was done on it, a broker that takes no replies, and a ledger
@@ -240,14 +313,14 @@ fn begin<'a>(
 fn look_around(
     worker: &Worker,
     channel: &Channel,
-    outbox: &Outbox,
+    outbox: &Outbox<'_>,
     health: &watch::Sender<Result<(), String>>,
 ) -> Result<(), SessionError> {
     if !channel.status().connected() {
         return Err(SessionError::Connection(format!("the channel of {} was lost", worker.amqp.queue)));
     }
     if !outbox.connected() {
-        return Err(SessionError::Connection("the connection for replies was lost".into()));
+        return Err(SessionError::Connection("the connection for dead letters was lost".into()));
     }
     let state = if outbox.blocked() {
         Err("the broker takes no replies (resource alarm); requests are still decided".to_owned())
@@ -271,63 +344,4 @@ async fn next(consumer: &mut Consumer) -> Result<Delivery, SessionError> {
         Some(delivery) => Ok(delivery?),
         None => Err(SessionError::Cancelled),
     }
-}
-
-/// Acknowledges, and returns the replies that come only after that.
-async fn settle(
-    channel: &Channel,
-    window: &mut AckWindow,
-    settled: Vec<Settle>,
-) -> Result<Vec<(Item, Verdict)>, SessionError> {
-    let mut tags = Vec::with_capacity(settled.len());
-    let mut late = Vec::new();
-    for settle in settled {
-        match settle {
-            Settle::Ack { item, reply_after } => {
-                tags.push(item.tag);
-                late.extend(reply_after.map(|verdict| (item, verdict)));
-            }
-            Settle::Reject { item } => {
-                channel.basic_reject(item.tag, BasicRejectOptions { requeue: false }).await?;
-                window.rejected(item.tag);
-            }
-        }
-    }
-    let acks = window.done(tags);
-    if !channel.status().connected() {
-        return Err(SessionError::AckRefused);
-    }
-    if let Some(tag) = acks.up_to {
-        channel.basic_ack(tag, BasicAckOptions { multiple: true }).await?;
-    }
-    for tag in acks.single {
-        channel.basic_ack(tag, BasicAckOptions { multiple: false }).await?;
-    }
-    Ok(late)
-}
-
-/// Once the broker has the acknowledgements, what comes only after that: the late replies. They take another connection, so
-/// without waiting a crash could lose the acknowledgement of a request whose refusal was told.
-async fn acknowledged(
-    worker: &Worker,
-    channel: &Channel,
-    outbox: &Outbox,
-    replies: Vec<(Item, Verdict)>,
-    alone: bool,
-) -> Done {
-    // A channel's calls are carried out in order. This one changes nothing, and has an answer.
-    let answer = channel.basic_qos(worker.amqp.prefetch, BasicQosOptions::default()).await;
-    if let Err(error) = answer {
-        return Done::Acknowledged { result: Err(error.into()), alone };
-    }
-    let mut sent = Vec::with_capacity(replies.len());
-    for (item, verdict) in &replies {
-        failpoint::reached(
-            "worker::refusal-after-ack",
-            item.request.as_ref().map_or("", |request| request.id.as_str()),
-        );
-        sent.push(outbox.reply(item, verdict).await);
-    }
-    outbox.replied(sent).await;
-    Done::Acknowledged { result: Ok(()), alone }
 }

@@ -22,7 +22,7 @@ const FLOOD: usize = 100_000;
 /// How many wait in the common queue before another app's request.
 const BEHIND: usize = 20_000;
 /// Draining 100,000 requests in a debug build on a busy machine.
-const LONG: Duration = Duration::from_secs(300);
+const LONG: Duration = Duration::from_secs(600);
 const MIB: usize = 1 << 20;
 
 fn median(mut times: Vec<Duration>) -> Duration {
@@ -30,15 +30,35 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-/// Latencies of one request after the other, until `done` says so, and at least `least` of them.
-async fn latencies(least: usize, done: impl Fn() -> bool, ask: impl AsyncFn()) -> Vec<Duration> {
-    let mut times = Vec::new();
-    while times.len() < least || !done() {
+/// How many requests one phase measures.
+const PHASE: usize = 50;
+
+/// Latencies of so many requests, one after the other.
+async fn latencies(count: usize, ask: impl AsyncFn()) -> Vec<Duration> {
+    let mut times = Vec::with_capacity(count);
+    for _ in 0..count {
         let started = Instant::now();
         ask().await;
         times.push(started.elapsed());
     }
     times
+}
+
+/// What another app's requests took while there was no flood and while there was one. The phases take turns, so that whatever
+/// else the machine does falls upon both.
+#[derive(Default)]
+struct Turns {
+    idle: Vec<Duration>,
+    flooded: Vec<Duration>,
+}
+
+impl Turns {
+    fn check(self) {
+        let count = self.flooded.len();
+        let (idle, flooded) = (median(self.idle), median(self.flooded));
+        println!("idle median {idle:?}, under the flood {flooded:?}, over {count} requests each");
+        assert!(flooded <= idle * 2, "{flooded:?} is more than twice {idle:?}");
+    }
 }
 
 /// Puts so many requests of an app into the queue behind a routing key, whose verdicts go to a queue that nobody reads.
@@ -73,8 +93,8 @@ async fn refused(worker: &Process) -> f64 {
     worker.metric("broadcastd_refused_total").await
 }
 
-/// By AMQP with a queue of its own for the app that may flood: the others do not feel it. In the one common queue they stand
-/// behind it, for as long as its refusal takes: that is measured here too.
+/// By AMQP with a queue of its own for the app that may flood: not one of its requests stands before another app's. In the one
+/// common queue the others stand behind all of them, for as long as their refusal takes: that is measured here too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
     // The limit of a day: however long this takes, no more than ten are accepted.
@@ -87,6 +107,9 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
     let administrator = as_user(&stack.amqp_url, ADMINISTRATOR);
     let lane = stack
         .role("worker")
+        // It shares this machine's cores with the others; what it takes of them is not to be measured, but what it takes of
+        // queue, broker and ledger.
+        .by(&["nice", "-n", "19"])
         .with("amqp.url", &administrator)
         .with("amqp.queue", "broadcast.requests.loud")
         .with("amqp.routing_key", "request.loud")
@@ -95,41 +118,46 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
         .with("worker.batches_in_flight", "1")
         .with("log.level", "warn");
     let common = stack.role("worker").with("log.level", "warn");
-    let (mut lane, common) = tokio::join!(lane.start(), common.start());
+    let (mut lane, mut common) = tokio::join!(lane.start(), common.start());
     lane.drain(LONG).await;
     let amqp: Amqp = stack.amqp().await;
+    let asked = AtomicU64::new(0);
     let ask = async || {
         amqp.accepted(&request(&quiet, "quiet")).await;
+        asked.fetch_add(1, Ordering::Relaxed);
     };
     let enqueuing = Instant::now();
     enqueue_flood(&administrator, &loud, "request.loud", FLOOD).await;
     println!("{FLOOD} requests enqueued in {:?}", enqueuing.elapsed());
-    latencies(50, || true, ask).await;
-    let idle = median(latencies(300, || true, ask).await);
+    latencies(PHASE, ask).await;
+    lane.restart().await;
 
     let flooding = Instant::now();
-    lane.restart().await;
-    let done = AtomicBool::new(false);
-    let all = async {
-        until("all refused", LONG, async || match refused(&lane).await {
-            count if count >= (FLOOD - 10) as f64 => Ok(()),
-            count => Err(count),
-        })
-        .await;
-        done.store(true, Ordering::Relaxed);
-        flooding.elapsed()
-    };
-    let (times, took) = tokio::join!(latencies(100, || done.load(Ordering::Relaxed), ask), all);
-    let count = times.len();
-    let flooded = median(times);
-    println!("idle median {idle:?}, while {FLOOD} were refused ({took:?}) {flooded:?} over {count} requests");
+    let mut turns = Turns::default();
+    for _ in 0..20 {
+        let before = refused(&lane).await;
+        turns.flooded.extend(latencies(PHASE, ask).await);
+        let after = refused(&lane).await;
+        assert!(before < after && after < (FLOOD - 10) as f64, "that was no flood: {before}, {after}");
+        lane.pause();
+        turns.idle.extend(latencies(PHASE, ask).await);
+        lane.resume();
+    }
+    until("all refused", LONG, async || match refused(&lane).await {
+        count if count >= (FLOOD - 10) as f64 => Ok(()),
+        count => Err(count),
+    })
+    .await;
+    println!("{FLOOD} were refused in {:?}", flooding.elapsed());
+    // The promise itself, exactly: the other app's queue has held nothing but its own requests.
+    assert_eq!(common.metric("broadcastd_consumed_total").await, asked.load(Ordering::Relaxed) as f64);
+    assert_eq!(refused(&common).await, 0.0);
     assert_eq!(lane.metric("broadcastd_accepted_total").await, 10.0, "the limit of the app, and no more");
     assert_eq!(refused(&lane).await, (FLOOD - 10) as f64);
-    assert!(flooded <= idle * 2, "{flooded:?} is more than twice {idle:?}");
+    turns.check();
     lane.drain(LONG).await;
 
     // First come, first served: in the common queue the next request of another app waits for all of these.
-    let mut common = common;
     common.drain(LONG).await;
     enqueue_flood(&administrator, &loud, "request", BEHIND).await;
     let behind = amqp.ask(request(&quiet, "behind the flood").to_string().as_bytes()).await;
@@ -155,7 +183,7 @@ async fn a_flood_by_amqp_is_refused_and_is_felt_in_its_own_queue_only() {
 
 /// By the server API: an app has at most its share of calls under way, so at most that many requests stand before another's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flood_by_the_api_is_refused_and_hardly_felt_by_another_app() {
+async fn a_flood_by_the_api_is_refused_and_only_its_share_stands_before_another_app() {
     const SHARE: u32 = 4;
     let (loud, quiet) = (App::new(), App::unlimited());
     let stack = Stack::new(&[loud.clone(), quiet.clone()]);
@@ -166,34 +194,45 @@ async fn a_flood_by_the_api_is_refused_and_hardly_felt_by_another_app() {
     let ask = async || {
         sender.broadcast("quiet", false).await;
     };
-    latencies(50, || true, ask).await;
-    let idle = median(latencies(200, || true, ask).await);
+    latencies(PHASE, ask).await;
 
-    // Twice as many callers as the share, each asking again soon: some are always turned away.
-    let done = AtomicBool::new(false);
+    // Twice as many callers as the share, each asking again soon: some are always turned away. Paced, twenty a second each: it
+    // is the service that is measured, not what callers in a debug build leave of the machine.
+    let (on, done) = (AtomicBool::new(false), AtomicBool::new(false));
     let (over_limit, busy) = (AtomicU64::new(0), AtomicU64::new(0));
     let flood = join_all((0..2 * SHARE).map(async |_| {
         let sender = Api::new(&api.api_url(), &loud);
         while !done.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            if !on.load(Ordering::Relaxed) {
+                continue;
+            }
             match sender.call("msg/broadcastMsg.action", &[("body", "flood")]).await["code"].as_u64() {
                 Some(416) => over_limit.fetch_add(1, Ordering::Relaxed),
                 Some(503) => busy.fetch_add(1, Ordering::Relaxed),
                 Some(200) => 0,
                 other => panic!("{other:?}"),
             };
-            // Twenty a second each: it is the service that is measured, not what its callers leave of the machine.
-            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }));
     let measuring = async {
-        let times = latencies(300, || true, ask).await;
+        let mut turns = Turns::default();
+        for _ in 0..6 {
+            for flooded in [false, true] {
+                on.store(flooded, Ordering::Relaxed);
+                // What is under way from the turn before is not measured.
+                latencies(5, ask).await;
+                let times = latencies(PHASE, ask).await;
+                if flooded { &mut turns.flooded } else { &mut turns.idle }.extend(times);
+            }
+        }
         done.store(true, Ordering::Relaxed);
-        median(times)
+        turns
     };
-    let (flooded, _) = tokio::join!(measuring, flood);
+    let (turns, _) = tokio::join!(measuring, flood);
     let (over_limit, busy) = (over_limit.into_inner(), busy.into_inner());
-    println!("idle median {idle:?}, under a flood of {over_limit} times 416 and {busy} times 503: {flooded:?}");
-    assert!(over_limit + busy > 100, "that was no flood");
+    println!("a flood of {over_limit} times 416 and {busy} times 503");
+    assert!(over_limit > 50 && busy > 50, "that was no flood");
 
     // The bound itself, exactly: with nobody to decide, as many as the share are in the queue and the others are told.
     worker.drain(LONG).await;
@@ -223,7 +262,7 @@ async fn a_flood_by_the_api_is_refused_and_hardly_felt_by_another_app() {
     assert_eq!(other["code"], 200, "{other}");
     let turned_away = codes.iter().filter(|code| **code == json!(503)).count();
     assert_eq!(turned_away, 4 * SHARE as usize, "{codes:?}");
-    assert!(flooded <= idle * 2, "{flooded:?} is more than twice {idle:?}");
+    turns.check();
     after_row(&stack).await;
 }
 

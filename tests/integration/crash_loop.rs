@@ -11,6 +11,7 @@ use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
+use crate::support::rabbitmq::RabbitMq;
 use crate::support::sender::{Amqp, request, retained};
 use crate::support::stack::Stack;
 use crate::support::{SOON, until};
@@ -201,6 +202,49 @@ async fn without_a_dead_letter_exchange_requests_are_held_and_others_go_on() {
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!((amqp.ready("broadcast.requests").await, amqp.ready("broadcast.dead").await), (0, 0));
     after_row(&stack).await;
+}
+
+/// Row 13: what has nowhere to go takes none of the places of what has: more than there are places, each beside a good one.
+#[tokio::test]
+async fn without_a_dead_letter_exchange_more_of_them_than_batches_hold_up_nobody() {
+    let app = App::unlimited();
+    let stack = Stack::new(std::slice::from_ref(&app));
+    stack.worker().await.drain(SOON).await;
+    let mut worker = stack.role("worker").with("amqp.declare", "false").with("worker.batch", "4").start().await;
+    let amqp = stack.amqp().await;
+    let operator = Operator::of(&stack).await;
+    operator.delete_dead_letter_exchange().await;
+
+    let mut checker = Checker::default();
+    let mut limited = request(&app, "nobody waits for it");
+    limited["appKey"] = "nobody".into();
+    for round in 0..20 {
+        amqp.send(b"no request").await;
+        amqp.send(limited.to_string().as_bytes()).await;
+        let requests: Vec<Value> = (0..5).map(|number| request(&app, &format!("round {round}, {number}"))).collect();
+        let replies = amqp.burst(&requests).await;
+        checker.all_accepted(&requests, &replies);
+    }
+    trouble_with_dead_letters(&worker).await;
+    // Acknowledged, all but what has nowhere to go.
+    let queue = format!("queues/{}/broadcast.requests", stack.amqp_url.rsplit('/').next().unwrap());
+    until("acknowledged", SOON, async || {
+        let queue = RabbitMq::shared().management("GET", &queue)?;
+        match (queue["messages_ready"].as_u64(), queue["messages_unacknowledged"].as_u64()) {
+            (Some(0), Some(40)) => Ok(()),
+            left => Err(format!("{left:?}")),
+        }
+    })
+    .await;
+    operator.restore_dead_letter_exchange().await;
+    worker.wait_ready().await;
+    holds(&amqp, "broadcast.dead", 40).await;
+    assert_eq!(worker.metric("broadcastd_dead_lettered_total").await, 40.0);
+    assert_eq!(worker.metric("broadcastd_consumed_total").await, 140.0);
+    assert_eq!(worker.metric("broadcastd_worker_sessions_total").await, 1.0);
+    // The next worker is given none of them again.
+    worker.drain(SOON).await;
+    assert_eq!(amqp.ready("broadcast.requests").await, 0);
 }
 
 /// Row 13: a worker that may declare it does so, without a new session.

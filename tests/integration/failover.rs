@@ -1,6 +1,7 @@
 //! Rows 19 and 20 of the fault table: Redis comes back without what it wrote last, be it the tail of its file, or a replica that
 //! was promoted while behind, by Sentinels or by hand.
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -18,6 +19,12 @@ use crate::support::sender::{Amqp, request, retained};
 use crate::support::sentinel::{Sentinels, replica};
 use crate::support::stack::Stack;
 use crate::support::{SOON, now_ms, until};
+
+/// The Sentinels are asked every second; and what a busy machine takes.
+const LEFT_WITHIN: Duration = Duration::from_secs(6);
+
+/// A lease renewal (3 s) after a node has reached Redis again, for which it may wait 2 s; and what a busy machine takes.
+const WRITTEN_BACK_WITHIN: Duration = Duration::from_secs(10);
 
 /// Every third is retained.
 fn requests(app: &App, what: &str, count: usize) -> Vec<Value> {
@@ -48,11 +55,11 @@ struct Filed {
 
 impl Filed {
     fn start() -> Self {
-        Self { redis: Redis::dedicated(&["--appendonly", "yes", "--appendfsync", "always"]) }
+        Self { redis: Redis::durable() }
     }
 
     fn file(&self) -> PathBuf {
-        self.redis.folder().join("appendonlydir/appendonly.aof.1.incr.aof")
+        self.redis.append_only_file()
     }
 
     fn length(&self) -> u64 {
@@ -92,6 +99,15 @@ async fn redis_restarted_without_the_tail_of_its_file() {
     traveller.drop_connection();
     filed.kill_and_cut(length, &[&worker, &node, &other_node]).await;
     filed.redis.start();
+    let back = Instant::now();
+    until("what was lost, written back", SOON, async || {
+        match node.metric("broadcastd_restored_total").await + other_node.metric("broadcastd_restored_total").await {
+            restored if restored >= 10.0 => Ok(()),
+            restored => Err(restored),
+        }
+    })
+    .await;
+    in_time("written back", back, WRITTEN_BACK_WITHIN);
     for role in [&mut worker, &mut node, &mut other_node] {
         role.wait_ready().await;
     }
@@ -103,13 +119,6 @@ async fn redis_restarted_without_the_tail_of_its_file() {
     for device in [&device, &other_device, &traveller] {
         checker.device(device.history(), Must::Everything, 0).unwrap();
     }
-    until("what was lost, written back", SOON, async || {
-        match node.metric("broadcastd_restored_total").await + other_node.metric("broadcastd_restored_total").await {
-            restored if restored >= 10.0 => Ok(()),
-            restored => Err(restored),
-        }
-    })
-    .await;
     // On a node that knows only what Redis has, and on one that wrote back.
     let third_node = stack.node().await;
     for url in [third_node.device_url(), url] {
@@ -250,6 +259,17 @@ impl Watched {
     }
 }
 
+/// `named`: when the last Sentinel named the new master.
+fn left_in_time(who: &str, named: Instant) {
+    in_time(&format!("{who} left"), named, LEFT_WITHIN);
+}
+
+fn in_time(what: &str, since: Instant, bound: Duration) {
+    let took = since.elapsed();
+    println!("{what} after {took:?}");
+    assert!(took < bound, "{what} only after {took:?}");
+}
+
 /// Row 20: the replica lags behind, the master dies, the Sentinels promote the replica.
 #[tokio::test]
 async fn a_replica_promoted_while_behind() {
@@ -310,20 +330,50 @@ async fn a_demoted_master_is_left_at_once() {
     let amqp = stack.amqp().await;
     let mut checker = Checker::default();
     send_in_turn(&amqp, &mut checker, &requests(&app, "before", 10)).await;
-    watched.sentinels.failover();
-    send_in_turn(&amqp, &mut checker, &requests(&app, "meanwhile", 100)).await;
-    watched.sentinels.wait_for(watched.replica.port()).await;
-    let began = std::time::Instant::now();
-    send(&amqp, &mut checker, &requests(&app, "after", 10)).await;
-    eprintln!("accepted {:?} after the last Sentinel named the new master", began.elapsed());
     let (new, old) = (&watched.replica, &watched.master);
+    // The Sentinels, the replica and whoever lists them have other users, or other commands.
+    let connections = |server: &Redis| {
+        let list = server.command(&["CLIENT", "LIST"]);
+        list.lines().filter(|line| line.contains(" user=default ") && !line.contains(" cmd=client|list ")).count()
+    };
+    assert_eq!(connections(old), 3, "the worker's, the node's, and its subscription");
+    watched.sentinels.failover();
+    let named = Cell::new(None);
+    let leaving = async {
+        watched.sentinels.wait_for(new.port()).await;
+        named.set(Some(Instant::now()));
+        // Worker and node, with all their connections. Sentinel closes them too, when it demotes the old one: ten seconds later.
+        until("left", SOON, async || match connections(old) {
+            0 => Ok(()),
+            some => Err(some),
+        })
+        .await;
+        left_in_time("everyone", named.get().unwrap());
+    };
+    // A request at a time, until one is accepted after all Sentinels have named the new master: by nobody else than that one.
+    let mut sent = 10;
+    let sending = async {
+        let mut pace = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            pace.tick().await;
+            send(&amqp, &mut checker, &[request(&app, &format!("meanwhile {sent}"))]).await;
+            sent += 1;
+            if let Some(named) = named.get() {
+                // Its one replica is the demoted one: it refuses until that is one.
+                println!("accepted {:?} after the last Sentinel named the new master", named.elapsed());
+                return;
+            }
+        }
+    };
+    tokio::join!(leaving, sending);
     until("the demoted one a replica", SOON, async || match old.command(&["INFO", "replication"]) {
         info if info.contains("role:slave") => Ok(()),
         info => Err(info),
     })
     .await;
     assert!(new.command(&["INFO", "replication"]).contains("role:master"));
-    device.collect(120, SOON).await;
+    send_in_turn(&amqp, &mut checker, &requests(&app, "after", 10)).await;
+    device.collect(sent + 10, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
     after_lost_data(&stack).await;
@@ -347,12 +397,12 @@ async fn a_master_that_is_cut_off_is_left_within_seconds() {
     checker.device(device.history(), Must::Everything, 0).unwrap();
 
     watched.sentinels.wait_for(watched.replica.port()).await;
-    let began = std::time::Instant::now();
+    let named = Instant::now();
     let log = format!("{}{{{}}}:log", stack.prefix, app.key);
     let promoted_with = watched.replica.command(&["XLEN", &log]);
     let mut sent = 20;
     // Once the new master has accepted something, nothing is written to the old one any more.
-    until("left", Duration::from_secs(15), async || {
+    until("left", SOON, async || {
         send(&amqp, &mut checker, &[retained(&app, "on one of them")]).await;
         sent += 1;
         match watched.replica.command(&["XLEN", &log]) {
@@ -361,13 +411,14 @@ async fn a_master_that_is_cut_off_is_left_within_seconds() {
         }
     })
     .await;
-    eprintln!("the worker left {:?} after the last Sentinel named the new master", began.elapsed());
+    left_in_time("the worker", named);
     let old_head = Watched::head(&watched.master, &stack, &app);
     until("the node has left", SOON, async || match node.metric("broadcastd_restored_total").await {
         0.0 => Err(0.0),
         _ => Ok(()),
     })
     .await;
+    in_time("written back", named, WRITTEN_BACK_WITHIN);
     let after = requests(&app, "after", 10);
     // In turn: the last one is the last to arrive.
     send_in_turn(&amqp, &mut checker, &after).await;
@@ -393,7 +444,7 @@ async fn a_master_that_is_cut_off_is_left_within_seconds() {
 async fn a_master_that_is_cut_off_accepts_nothing_with_min_replicas() {
     let watched = Watched::start(&["--min-replicas-to-write", "1", "--min-replicas-max-lag", "3"], None);
     let (app, stack) = (watched.app.clone(), watched.stack.clone());
-    let (_worker, node) = tokio::join!(stack.worker(), stack.node());
+    let (mut worker, node) = tokio::join!(stack.worker(), stack.node());
     let mut device = Device::online(&app, "web", &node.device_url()).await;
     let amqp = stack.amqp().await;
     let mut checker = Checker::default();
@@ -406,6 +457,12 @@ async fn a_master_that_is_cut_off_accepts_nothing_with_min_replicas() {
     let promoted = async {
         watched.sentinels.wait_for(watched.replica.port()).await;
         assert_eq!(Watched::head(&watched.master, &stack, &app), old_head);
+        // The promoted one refuses just as well, so the worker holds what it has until further notice.
+        until("held at a master that is well", Duration::from_secs(10), async || match worker.readiness().await? {
+            (503, body) if body.contains("they are held") && body.contains(r#""redis":{"ready":true}"#) => Ok(()),
+            (_, body) => Err(body),
+        })
+        .await;
         // It has no replica either, and never will have: this is where an operator has to help.
         watched.replica.command(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
     };
@@ -413,6 +470,7 @@ async fn a_master_that_is_cut_off_accepts_nothing_with_min_replicas() {
     checker.all_accepted(&held, &replies);
     device.collect(40, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
+    worker.wait_ready().await;
     assert_eq!(Watched::head(&watched.master, &stack, &app), old_head, "the old one accepted nothing");
     assert_eq!(amqp.ready("broadcast.dead").await, 0);
     after_lost_data(&stack).await;

@@ -9,8 +9,8 @@ use broadcastd::broadcast::app::AppKey;
 use broadcastd::broadcast::quota::Limits;
 use broadcastd::broadcast::request::{Request, Submission};
 use broadcastd::broadcast::verdict::Decision;
-use broadcastd::ledger::redis::{Mode, RedisLedger, RedisSettings};
-use broadcastd::ledger::{Kind, Ledger, LedgerSettings, NodeName};
+use broadcastd::ledger::redis::{Mode, RedisLedger};
+use broadcastd::ledger::{Kind, Ledger, NodeName};
 use futures_util::future::join_all;
 use lapin::options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
@@ -21,7 +21,7 @@ use crate::support::broadcastd::{App, Process};
 use crate::support::device::Device;
 use crate::support::guard::{Guarded, folder};
 use crate::support::rabbitmq::{RabbitMq, USERS, Vhost, as_user, permissions};
-use crate::support::redis::{LOGIN, Redis, RedisCluster, users};
+use crate::support::redis::{LOGIN, Redis, RedisCluster, ledger, users};
 use crate::support::sender::{Api, request, retained};
 use crate::support::stack::Stack;
 use crate::support::{SOON, ports, unique, until};
@@ -133,26 +133,6 @@ async fn everything(ledger: &RedisLedger) -> Result<(), String> {
     Ok(())
 }
 
-fn ledger(url: &str, mode: Mode) -> RedisLedger {
-    let settings = RedisSettings {
-        url: url.into(),
-        url_file: String::new(),
-        mode,
-        sentinel_service: "mymaster".to_owned(),
-        sentinel_username: String::new(),
-        sentinel_password: String::new().into(),
-        sentinel_password_file: String::new(),
-        key_prefix: Redis::prefix(),
-        ca_file: String::new(),
-        client_certificate_file: String::new(),
-        client_key_file: String::new(),
-        connect_timeout_ms: 5000,
-        response_timeout_ms: 30_000,
-        test_clock_key: None,
-    };
-    RedisLedger::start(settings, LedgerSettings { log_length: 1000, log_hours: 1 })
-}
-
 /// The commands of `users.acl`, in it `+command`.
 fn commands() -> Vec<&'static str> {
     include_str!("../../deploy/redis/users.acl").split_whitespace().filter(|word| word.starts_with('+')).collect()
@@ -170,7 +150,7 @@ async fn not_missed(servers: &[&Redis], url: &str, mode: Mode) -> Vec<&'static s
     };
     // With nothing taken away it works; the test would prove nothing otherwise.
     let whole = unique("whole");
-    everything(&ledger(&set(&whole, None), mode)).await.unwrap();
+    everything(&ledger(&set(&whole, None), mode, &Redis::prefix())).await.unwrap();
     let denied = |user: &str| {
         let user = format!("{user}\n");
         let logs = servers.iter().map(|server| server.command(&["ACL", "LOG", "1000"]));
@@ -183,7 +163,7 @@ async fn not_missed(servers: &[&Redis], url: &str, mode: Mode) -> Vec<&'static s
     let mut kept = Vec::new();
     for command in commands() {
         let user = unique("without");
-        let ledger = ledger(&set(&user, Some(command)), mode);
+        let ledger = ledger(&set(&user, Some(command)), mode, &Redis::prefix());
         // A script that is known is never sent whole.
         servers.iter().for_each(|server| assert_eq!(server.command(&["SCRIPT", "FLUSH"]), "OK"));
         // Some failures show nowhere but in the server's own log of what it denied.

@@ -1,13 +1,19 @@
 //! Redis killed, frozen, forgetful of scripts, and full: what is held, and that nothing happens twice. `tests/faults` has the
 //! long ones.
 
+use std::time::Duration;
+
+use broadcastd::broadcast::app::AppKey;
+use broadcastd::ledger::redis::Mode;
+use broadcastd::ledger::{Ledger, LedgerError, NodeName};
+
 use crate::support::after_row::after_row;
 use crate::support::broadcastd::{App, Process};
 use crate::support::checker::{Checker, Must};
 use crate::support::device::Device;
 use crate::support::load::{all_numbered, ask_all, numbered, replies};
 use crate::support::rabbitmq::RabbitMq;
-use crate::support::redis::Redis;
+use crate::support::redis::{Redis, ledger};
 use crate::support::sender::{Amqp, Api, request, retained};
 use crate::support::stack::Stack;
 use crate::support::{SOON, until};
@@ -97,12 +103,12 @@ async fn a_frozen_redis_has_no_double_effect() {
     after_row(&stack).await;
 }
 
-/// Row 21: under load, and for every script.
+/// Row 21: under load, and for every script. Each was known to Redis before it is made to forget it.
 #[tokio::test]
 async fn a_script_flush_is_not_noticed() {
-    let app = App::unlimited();
+    let (app, other) = (App::unlimited(), App::unlimited());
     let redis = Redis::dedicated(&[]);
-    let stack = stack_on(&redis, std::slice::from_ref(&app)).await;
+    let stack = stack_on(&redis, &[app.clone(), other.clone()]).await;
     let node = async { stack.role("node").with("node.renew_seconds", "1").start().await };
     let (worker, node, api) = tokio::join!(stack.worker(), node, stack.api());
     let mut device = Device::online(&app, "web", &node.device_url()).await;
@@ -121,26 +127,51 @@ async fn a_script_flush_is_not_noticed() {
     device.collect(300, SOON).await;
     checker.device(device.history(), Must::Everything, 0).unwrap();
 
-    // Joining, renewing, recalling and looking back have scripts of their own.
+    // The first device of another app has the node join it: what is retained is in that script's answer only.
+    let kept = all_numbered(&other, 0..9);
+    let mut of_other = Checker::default();
+    of_other.all_accepted(&kept, &amqp.burst(&kept).await);
+    assert_eq!(stack.lease_end(&redis, &other), 0, "the node has not joined yet");
     flush();
-    let mut late = Device::online(&app, "ios", &node.device_url()).await;
-    late.collect(100, SOON).await;
-    checker.device(late.history(), Must::RetainedUpTo(late.head()), 0).unwrap();
-    let deleted = device.history()[0].id;
+    let mut late = Device::online(&other, "ios", &node.device_url()).await;
+    late.collect(3, SOON).await;
+    of_other.device(late.history(), Must::RetainedUpTo(late.head()), 0).unwrap();
+    assert!(stack.lease_end(&redis, &other) > 0);
+
     let sender = Api::new(&api.api_url(), &app);
-    let form = [("broadcastId", deleted.to_string())];
-    let form = [(form[0].0, form[0].1.as_str())];
-    for (call, code) in [("queryBroadcastMsgById", 200), ("delBroadcastMsgById", 200), ("queryBroadcastMsgById", 404)] {
-        flush();
-        assert_eq!(sender.call(&format!("history/{call}.action"), &form).await["code"], code, "{call}");
+    for deleted in [device.history()[0].id, device.history()[1].id] {
+        let id = deleted.to_string();
+        for (call, code) in
+            [("queryBroadcastMsgById", 200), ("delBroadcastMsgById", 200), ("queryBroadcastMsgById", 404)]
+        {
+            flush();
+            let answer = sender.call(&format!("history/{call}.action"), &[("broadcastId", &id)]).await;
+            assert_eq!(answer["code"], code, "{call}: {answer}");
+        }
+        assert_eq!(device.expect_recall(SOON).await, deleted);
     }
-    assert_eq!(device.expect_recall(SOON).await, deleted);
-    flush();
-    let renewals = || redis.command(&["INFO", "commandstats"]).matches("cmdstat_eval:").count();
-    until("a renewal", SOON, async || if renewals() > 0 { Ok(()) } else { Err("none") }).await;
-    let (_, readiness) = (worker.metric("broadcastd_ledger_retries_total").await, node.readiness().await);
+
+    for app in [&app, &other] {
+        flush();
+        let before = stack.lease_end(&redis, app);
+        until("a renewal after the flush", SOON, async || match stack.lease_end(&redis, app) {
+            end if end > before => Ok(()),
+            end => Err(end),
+        })
+        .await;
+    }
+
+    let direct = ledger(&redis.url(), Mode::Single, &stack.prefix);
+    direct.health().wait_for(Result::is_ok).await.unwrap();
+    let (key, witness) = (AppKey::parse(&other.key).unwrap(), NodeName("witness".into()));
+    let held = direct.join(&key, &witness, Duration::from_secs(60), 0).await.unwrap();
+    for _ in 0..2 {
+        flush();
+        assert_eq!(direct.restore(&key, held.head, &held.retained, &[]).await.unwrap(), 0, "nothing was missing");
+    }
+
     assert_eq!(worker.metric("broadcastd_ledger_retries_total").await, 0.0);
-    assert_eq!(readiness.unwrap().0, 200);
+    assert_eq!(node.readiness().await.unwrap().0, 200);
     assert!(!node.output().contains("serving from memory"), "no call of the node has failed");
     after_row(&stack).await;
 }
@@ -151,6 +182,23 @@ fn holdings(redis: &Redis, app: &App) -> String {
                   for i, key in ipairs(keys) do all[i] = key .. ' ' .. redis.sha1hex(redis.call('DUMP', key)) end \
                   return all";
     redis.command(&["EVAL", script, "0", &format!("*{{{}}}:*", app.key)])
+}
+
+/// What needs room is refused, to be tried again, by each script that a node or an API runs.
+async fn refused_for_memory(redis: &Redis, stack: &Stack, app: &App, kept: u64) {
+    let direct = ledger(&redis.url(), Mode::Single, &stack.prefix);
+    direct.health().wait_for(Result::is_ok).await.unwrap();
+    let (key, node, lease) = (AppKey::parse(&app.key).unwrap(), NodeName("n".into()), Duration::from_secs(60));
+    let recalled = direct.recall(&key, kept).await.map(drop);
+    let renewed = direct.renew(std::slice::from_ref(&key), &node, lease).await.remove(0).map(drop);
+    let joined = direct.join(&key, &node, lease, 0).await.map(drop);
+    let restored = direct.restore(&key, kept, &[], &[]).await.map(drop);
+    for (what, refused) in [("recall", recalled), ("renew", renewed), ("join", joined), ("restore", restored)] {
+        match refused {
+            Err(LedgerError::Unavailable(reason)) if reason.contains("OOM") => {}
+            other => panic!("{what}: {other:?}"),
+        }
+    }
 }
 
 /// Row 22: refused as a whole while memory is full, held, and decided when it is freed; recalls, joins and renewals too.
@@ -179,6 +227,8 @@ async fn redis_out_of_memory_holds_requests_until_there_is_room() {
     worker.wait_unready().await;
     node.wait_unready().await;
     let sender = Api::new(&api.api_url(), &app);
+    refused_for_memory(&redis, &stack, &app, kept).await;
+    assert_eq!(holdings(&redis, &app), before, "neither recall nor renewal has left anything");
     let kept = kept.to_string();
     let delete = async || sender.call("history/delBroadcastMsgById.action", &[("broadcastId", &kept)]).await;
     // Its signature cannot be remembered, so it is not let in.

@@ -99,6 +99,50 @@ fn is_retained(content: &str) -> bool {
     content.rsplit(' ').next().unwrap().parse::<usize>().unwrap().is_multiple_of(3)
 }
 
+/// The requests of an app whose slot moves are held; those of other apps go on beside them, however many they are.
+#[tokio::test]
+async fn a_slot_that_moves_holds_up_no_other_app() {
+    let cluster = RedisCluster::start();
+    let (app, other) = (App::unlimited(), App::unlimited());
+    let mut stack = stack(&cluster, &app);
+    stack.apps.push(other.clone());
+    let mut worker = stack.role("worker").with("worker.batch", "4").start().await;
+    let amqp = stack.amqp().await;
+    let mut checker = Checker::default();
+    let before = requests(&app, "before", 30);
+    let replies = amqp.burst(&before).await;
+    checker.all_accepted(&before, &replies);
+
+    let slot = cluster.slot(&app.key);
+    assert_ne!(slot, cluster.slot(&other.key), "one in 16384");
+    let moving = Move::begin(&cluster, slot, (cluster.owner(slot) + 1) % 3);
+    moving.keys(10);
+    let requests_held = requests(&app, "held", 60);
+    let mut asked = Vec::new();
+    let mut others = Checker::default();
+    for (round, group) in requests_held.chunks(3).enumerate() {
+        for request in group {
+            asked.push(amqp.ask(request.to_string().as_bytes()).await);
+        }
+        let beside = requests(&other, &format!("round {round}"), 3);
+        let replies = amqp.burst(&beside).await;
+        others.all_accepted(&beside, &replies);
+    }
+    until("held", SOON, async || match worker.metric("broadcastd_requests_held").await {
+        60.0 => Ok(()),
+        held => Err(held),
+    })
+    .await;
+    assert!(asked.iter().all(|asked| amqp.all_replies(asked).is_empty()), "they could be decided");
+    worker.wait_unready().await;
+    moving.finish();
+    let replies = join_all(asked.iter().map(|correlation| amqp.reply(correlation))).await;
+    checker.all_accepted(&requests_held, &replies);
+    worker.wait_ready().await;
+    assert_eq!(worker.metric("broadcastd_requests_held").await, 0.0);
+    assert_eq!(worker.metric("broadcastd_worker_sessions_total").await, 1.0);
+}
+
 /// Row 19 in a cluster, whose connection reconnects behind the worker's back: the master is back before anyone has asked whether
 /// it is still the one that it was.
 #[tokio::test]

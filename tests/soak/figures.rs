@@ -26,8 +26,8 @@ const MOST: usize = 2000;
 impl Figures {
     /// Notes what is held now. What is being killed or frozen at the moment is left out.
     ///
-    /// `kept`: what the checker keeps; `accepted`: broadcasts whose request ids are still remembered.
-    pub fn sample(&mut self, at: f64, installation: &Installation, kept: usize, accepted: usize) {
+    /// `kept`: what the checker keeps; `remembered`: request ids and signatures that are still remembered.
+    pub fn sample(&mut self, at: f64, installation: &Installation, kept: usize, remembered: usize) {
         for name in PROCESSES {
             // While it is being killed its lock is held.
             let Ok(process) = installation.process(name).try_lock() else { continue };
@@ -42,9 +42,9 @@ impl Figures {
         }
         if let Ok(redis) = installation.redis.try_lock() {
             let usage = block_in_place(|| RedisUsage::of(&redis));
-            // Stated: a dedupe key for each accepted within its time (a tenth more, for what Redis has not removed yet), and
-            // log, retained, meta, nodes and two rates of each app.
-            let most = accepted as u64 * 11 / 10 + 6 * 3 + 100;
+            // Stated: a key for each request accepted and each call signed within its time (a tenth more, for what Redis has not
+            // removed yet), and log, retained, meta, nodes and two rates of each app.
+            let most = remembered as u64 * 11 / 10 + 6 * 3 + 100;
             if usage.keys > most {
                 self.wrong.push(format!("I5: {} keys in Redis, at most {most} are accounted for", usage.keys));
             }
@@ -118,7 +118,7 @@ impl Figures {
                     "TOO MUCH".to_owned()
                 }
                 Some(Ok(())) => format!("at most {} more", text(allowed.unwrap_or(0))),
-                None => "bounded by what was accepted".to_owned(),
+                None => "bounded by what was accepted and signed".to_owned(),
             };
             lines.push(format!(
                 "{of:<12} {what:<12} first tenth {:>10}  last tenth {:>10}  ({verdict})",

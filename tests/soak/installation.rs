@@ -24,6 +24,7 @@ const HEARTBEAT_SECONDS: &str = "5";
 pub struct Installation {
     pub stack: Stack,
     pub vhost: Vhost,
+    /// As the default user, who may do all: what is stored is read in a transaction, which the roles have no need of.
     pub redis_url: String,
     pub rabbitmq: Mutex<RabbitMq>,
     pub redis: Mutex<Redis>,
@@ -84,7 +85,7 @@ impl Installation {
         Self {
             stack,
             vhost,
-            redis_url: redis.url(),
+            redis_url: format!("redis://127.0.0.1:{}", redis.port()),
             rabbitmq: Mutex::new(rabbitmq),
             redis: Mutex::new(redis),
             processes,

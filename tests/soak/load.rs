@@ -1,5 +1,6 @@
 //! Constant load: requests by AMQP, with and without a wish for a reply, and by the HTTP API; deletions now and then.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ pub const RATE: u64 = 15;
 /// For how long a request id is remembered, seconds: longer than any request here is tried again, and short enough for a long
 /// run to reach the state in which as many keys expire as are added. (The default is seven days.)
 pub const DEDUPE_SECONDS: u64 = 300;
+/// For how long a signature is remembered, seconds: twice `api.checksum_window_seconds` and a minute.
+pub const SIGNATURE_SECONDS: u64 = 660;
 /// Requests under way at once; beyond it the load waits.
 const MAX_UNDER_WAY: usize = 600;
 
@@ -37,6 +40,8 @@ pub struct Load {
     pub backend: Arc<Backend>,
     pub apps: Vec<(App, Use)>,
     pub api_urls: Vec<String>,
+    /// When calls were signed, milliseconds since the Unix epoch; those whose marks Redis may still keep.
+    signed_ms: Mutex<VecDeque<u64>>,
     under_way: Arc<Semaphore>,
 }
 
@@ -50,11 +55,33 @@ enum By {
 impl Load {
     pub fn new(audit: &Arc<Mutex<Audit>>, amqp_url: &str, apps: Vec<(App, Use)>, api_urls: Vec<String>) -> Self {
         let under_way = Arc::new(Semaphore::new(MAX_UNDER_WAY));
-        Self { audit: audit.clone(), backend: Arc::new(Backend::new(amqp_url)), apps, api_urls, under_way }
+        Self {
+            audit: audit.clone(),
+            backend: Arc::new(Backend::new(amqp_url)),
+            apps,
+            api_urls,
+            signed_ms: Mutex::default(),
+            under_way,
+        }
+    }
+
+    /// A call is about to be made: each is signed anew, and its signature is remembered, whatever its outcome.
+    fn signing(&self) {
+        let mut signed_ms = self.signed_ms.lock().unwrap();
+        let (now_ms, kept_ms) = (now_ms(), SIGNATURE_SECONDS * 1100);
+        while signed_ms.front().is_some_and(|at_ms| at_ms + kept_ms < now_ms) {
+            signed_ms.pop_front();
+        }
+        signed_ms.push_back(now_ms);
+    }
+
+    /// Calls signed since then, milliseconds since the Unix epoch.
+    pub fn signed_since(&self, since_ms: u64) -> usize {
+        self.signed_ms.lock().unwrap().iter().rev().take_while(|at_ms| **at_ms >= since_ms).count()
     }
 
     /// For ever, at its rate.
-    pub async fn run(&self, mut rng: fastrand::Rng) {
+    pub async fn run(self: &Arc<Self>, mut rng: fastrand::Rng) {
         let mut ticks = tokio::time::interval(Duration::from_micros(1_000_000 / RATE));
         // After a pause the machine is not to be flooded.
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -72,8 +99,10 @@ impl Load {
                 let ids = self.audit.lock().unwrap().recallable(&app.key);
                 if !ids.is_empty() {
                     let id = ids[rng.usize(0..ids.len())].to_string();
+                    let load = self.clone();
                     tokio::spawn(async move {
                         let _permit = permit;
+                        load.signing();
                         // Unknown or gone already: the log tells.
                         let _ = api.try_call("history/delBroadcastMsgById.action", &[("broadcastId", &id)]).await;
                     });
@@ -88,10 +117,10 @@ impl Load {
                 5..7 => By::Send,
                 _ => By::Http,
             };
-            let (audit, backend) = (self.audit.clone(), self.backend.clone());
+            let load = self.clone();
             tokio::spawn(async move {
                 let _permit = permit;
-                submit(&audit, &backend, &api, by, &request, malformed).await;
+                load.submit(&api, by, &request, malformed).await;
             });
         }
     }
@@ -102,11 +131,48 @@ impl Load {
             let mut request = json!({ "requestId": unique("request"), "appKey": app.key, "body": "the end" });
             request["dedupeSeconds"] = DEDUPE_SECONDS.into();
             let api = Api::new(&self.api_urls[0], app);
-            let reply = submit(&self.audit, &self.backend, &api, By::Ask, &request, false).await;
+            let reply = self.submit(&api, By::Ask, &request, false).await;
             if let Some(id) = reply["msg"]["broadcastId"].as_u64() {
                 return id;
             }
             sleep(Duration::from_secs(2)).await;
+        }
+    }
+
+    /// Until it has an end, or, without a wish for a reply, until the broker has it.
+    async fn submit(&self, api: &Api, by: By, request: &Value, malformed: bool) -> Value {
+        let Self { audit, backend, .. } = self;
+        let id = request["requestId"].as_str().unwrap();
+        let mut pause = Duration::from_millis(500);
+        loop {
+            audit.lock().unwrap().sending(request, malformed, now_ms());
+            match by {
+                By::Send => {
+                    if backend.send(request).await.is_ok() {
+                        return Value::Null;
+                    }
+                }
+                By::Ask => {
+                    if let Ok(reply) = backend.ask(request).await
+                        && audit.lock().unwrap().told(id, &reply, now_ms())
+                    {
+                        return reply;
+                    }
+                }
+                By::Http => {
+                    self.signing();
+                    let form = form(request);
+                    let form: Vec<(&str, &str)> = form.iter().map(|(name, value)| (*name, value.as_str())).collect();
+                    if let Ok((200, reply)) = api.try_call("msg/broadcastMsg.action", &form).await
+                        && audit.lock().unwrap().told(id, &reply, now_ms())
+                    {
+                        return reply;
+                    }
+                }
+            }
+            // Hundreds may be waiting for a server that is starting.
+            pause = (pause * 2).min(Duration::from_secs(8));
+            sleep(pause).await;
         }
     }
 }
@@ -133,41 +199,6 @@ fn request(app: &App, kind: Use, malformed: bool, rng: &mut fastrand::Rng) -> Va
         request["targetOs"] = some[rng.usize(0..some.len())].clone();
     }
     request
-}
-
-/// Until it has an end, or, without a wish for a reply, until the broker has it.
-async fn submit(audit: &Mutex<Audit>, backend: &Backend, api: &Api, by: By, request: &Value, malformed: bool) -> Value {
-    let id = request["requestId"].as_str().unwrap();
-    let mut pause = Duration::from_millis(500);
-    loop {
-        audit.lock().unwrap().sending(request, malformed, now_ms());
-        match by {
-            By::Send => {
-                if backend.send(request).await.is_ok() {
-                    return Value::Null;
-                }
-            }
-            By::Ask => {
-                if let Ok(reply) = backend.ask(request).await
-                    && audit.lock().unwrap().told(id, &reply, now_ms())
-                {
-                    return reply;
-                }
-            }
-            By::Http => {
-                let form = form(request);
-                let form: Vec<(&str, &str)> = form.iter().map(|(name, value)| (*name, value.as_str())).collect();
-                if let Ok((200, reply)) = api.try_call("msg/broadcastMsg.action", &form).await
-                    && audit.lock().unwrap().told(id, &reply, now_ms())
-                {
-                    return reply;
-                }
-            }
-        }
-        // Hundreds may be waiting for a server that is starting.
-        pause = (pause * 2).min(Duration::from_secs(8));
-        sleep(pause).await;
-    }
 }
 
 /// The same request as parameters of the HTTP API.

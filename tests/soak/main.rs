@@ -25,11 +25,12 @@ use devices::{Habit, Inhabitant, World, late_arrival};
 use faults::Fault;
 use figures::Figures;
 use installation::Installation;
-use load::{DEDUPE_SECONDS, Load, Use};
+use load::{DEDUPE_SECONDS, Load, SIGNATURE_SECONDS, Use};
 use support::audit::{Audit, Rules};
 use support::broadcastd::App;
 use support::journal::Journal;
 use support::now_ms;
+use support::rabbitmq::{ADMINISTRATOR, as_user};
 use support::stored::{self, Stored};
 
 const DEVICES_PER_APP: usize = 34;
@@ -116,12 +117,14 @@ async fn soak(time: Duration, seed: u64) -> u64 {
     let mut background = JoinSet::new();
     background.spawn(read_logs(soak.clone(), all.clone()));
     let dead = audit.clone();
-    background.spawn(backend::drain_dead_letters(installation.vhost.url.clone(), move |payload, reason| {
+    // The minimal permissions are the roles'; a backend here has a reply queue, and reads the dead letters.
+    let backend_url = as_user(&installation.vhost.url, ADMINISTRATOR);
+    background.spawn(backend::drain_dead_letters(backend_url.clone(), move |payload, reason| {
         let request: Value = serde_json::from_slice(payload).unwrap_or_default();
         dead.lock().unwrap().dead_letter(request["requestId"].as_str().unwrap_or_default(), reason, now_ms());
     }));
     let mut rng = fastrand::Rng::with_seed(seed);
-    let load = Arc::new(Load::new(&audit, &installation.vhost.url, apps.clone(), installation.api_urls.clone()));
+    let load = Arc::new(Load::new(&audit, &backend_url, apps.clone(), installation.api_urls.clone()));
     let (end, ending) = tokio::sync::watch::channel(BTreeMap::new());
     let world = World {
         audit: audit.clone(),
@@ -142,7 +145,7 @@ async fn soak(time: Duration, seed: u64) -> u64 {
     loading.spawn(async move { running.run(load_rng).await });
 
     let figures = Arc::new(Mutex::new(Figures::default()));
-    let watching = tokio::spawn(watch_over(soak.clone(), time, figures.clone()));
+    let watching = tokio::spawn(watch_over(soak.clone(), load.clone(), time, figures.clone()));
     misfortune(&soak, time, &mut rng).await;
     soak.say("calm: no more load");
     loading.shutdown().await;
@@ -254,7 +257,7 @@ async fn read_logs(soak: Arc<Soak>, apps: Vec<App>) {
 }
 
 /// Judges every second, samples what is held, and prints a line every ten.
-async fn watch_over(soak: Arc<Soak>, time: Duration, figures: Arc<Mutex<Figures>>) {
+async fn watch_over(soak: Arc<Soak>, load: Arc<Load>, time: Duration, figures: Arc<Mutex<Figures>>) {
     // Sampling costs a process and two calls: no more than two hundred times, or every two seconds.
     let (every, line_every) = (Duration::from_secs(2).max(time / 200), Duration::from_secs(10));
     let (mut next, mut next_line) = (every / 2, line_every);
@@ -264,12 +267,13 @@ async fn watch_over(soak: Arc<Soak>, time: Duration, figures: Arc<Mutex<Figures>
         if soak.started.elapsed() >= next {
             next += every;
             let at = soak.started.elapsed().as_secs_f64() / time.as_secs_f64();
-            let since_ms = now_ms().saturating_sub(DEDUPE_SECONDS * 1000);
+            let before_ms = |seconds: u64| now_ms().saturating_sub(seconds * 1000);
             let (kept, accepted) = {
                 let audit = soak.audit.lock().unwrap();
-                (audit.size(), audit.accepted_since(since_ms))
+                (audit.size(), audit.accepted_since(before_ms(DEDUPE_SECONDS)))
             };
-            figures.lock().unwrap().sample(at, &soak.installation, kept, accepted);
+            let remembered = accepted + load.signed_since(before_ms(SIGNATURE_SECONDS));
+            figures.lock().unwrap().sample(at, &soak.installation, kept, remembered);
         }
         if soak.started.elapsed() >= next_line {
             next_line += line_every;

@@ -9,6 +9,7 @@ pub mod certificates;
 pub mod checker;
 pub mod clock;
 pub mod device;
+pub mod disk;
 pub mod fleet;
 pub mod guard;
 pub mod journal;

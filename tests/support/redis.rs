@@ -7,9 +7,12 @@ use std::process::Command;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use broadcastd::ledger::LedgerSettings;
+use broadcastd::ledger::redis::{Mode, RedisLedger, RedisSettings};
 use rustix::process::Signal;
 
 use super::certificates::Certificate;
+use super::disk::Disk;
 use super::guard::{Guarded, folder};
 use super::{SOON, ports, unique, until_blocking};
 
@@ -26,6 +29,30 @@ pub fn users(prefix: &str) -> String {
     users
 }
 
+/// The arguments of one that loses nothing.
+pub const ALWAYS: [&str; 4] = ["--appendonly", "yes", "--appendfsync", "always"];
+
+/// The ledger at this address, as a role has it, for what a test asks of it directly. Behind Sentinel: of `mymaster`.
+pub fn ledger(url: &str, mode: Mode, key_prefix: &str) -> RedisLedger {
+    let settings = RedisSettings {
+        url: url.into(),
+        url_file: String::new(),
+        mode,
+        sentinel_service: "mymaster".to_owned(),
+        sentinel_username: String::new(),
+        sentinel_password: String::new().into(),
+        sentinel_password_file: String::new(),
+        key_prefix: key_prefix.to_owned(),
+        ca_file: String::new(),
+        client_certificate_file: String::new(),
+        client_key_file: String::new(),
+        connect_timeout_ms: 5000,
+        response_timeout_ms: 30_000,
+        test_clock_key: None,
+    };
+    RedisLedger::start(settings, LedgerSettings { log_length: 1000, log_hours: 1 })
+}
+
 /// One redis-server. It is killed when dropped.
 #[derive(Debug)]
 pub struct Redis {
@@ -33,6 +60,7 @@ pub struct Redis {
     folder: PathBuf,
     arguments: Vec<String>,
     tls: Option<Certificate>,
+    environment: BTreeMap<String, String>,
     process: Option<Guarded>,
 }
 
@@ -51,7 +79,12 @@ impl Redis {
 
     /// One that a test may kill, freeze and fill. `arguments` as for redis-server.
     pub fn dedicated(arguments: &[&str]) -> Self {
-        Self::make(arguments, None)
+        Self::make(arguments, None, [])
+    }
+
+    /// The same, whose syncs wait for as long as the test wants.
+    pub fn on_disk(disk: &Disk, arguments: &[&str]) -> Self {
+        Self::make(arguments, None, disk.environment())
     }
 
     /// One that takes TLS connections only; from clients with a certificate of the same authority only, if `mutual`.
@@ -60,12 +93,18 @@ impl Redis {
         let clients = if mutual { "yes" } else { "no" };
         let tls =
             ["--tls-ca-cert-file", ca, "--tls-cert-file", own, "--tls-key-file", key, "--tls-auth-clients", clients];
-        Self::make(&[&tls, arguments].concat(), Some(certificate.clone()))
+        Self::make(&[&tls, arguments].concat(), Some(certificate.clone()), [])
     }
 
-    fn make(arguments: &[&str], tls: Option<Certificate>) -> Self {
+    fn make(
+        arguments: &[&str],
+        tls: Option<Certificate>,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Self {
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        let mut redis = Self { port: ports::free(), folder: folder("redis"), arguments, tls, process: None };
+        let environment = environment.into_iter().collect();
+        let mut redis =
+            Self { port: ports::free(), folder: folder("redis"), arguments, tls, environment, process: None };
         // Only what is listed may log in, but for the tests' own tools: replicas and Sentinels come in by the default user too.
         let users = users("t-*").replace("user default off", "user default on nopass ~* &* +@all");
         std::fs::write(redis.folder.join("users.acl"), users).unwrap();
@@ -73,9 +112,14 @@ impl Redis {
         redis
     }
 
-    /// One with an append-only file, synced every second: the durable setting that the documentation recommends.
+    /// One with an append-only file that is synced before each answer: what has been answered is in it.
     pub fn durable() -> Self {
-        Self::dedicated(&["--appendonly", "yes", "--appendfsync", "everysec"])
+        Self::dedicated(&ALWAYS)
+    }
+
+    /// The append-only file that is written to now.
+    pub fn append_only_file(&self) -> PathBuf {
+        self.folder.join("appendonlydir/appendonly.aof.1.incr.aof")
     }
 
     /// Its address, for broadcastd: with the user of `users.acl`.
@@ -125,7 +169,7 @@ impl Redis {
         });
         program.extend(["--aclfile", users.to_str().unwrap()]);
         program.extend(self.arguments.iter().map(String::as_str));
-        self.process = Some(Guarded::spawn("redis", &program, &BTreeMap::new(), &self.folder.join("output")));
+        self.process = Some(Guarded::spawn("redis", &program, &self.environment, &self.folder.join("output")));
     }
 
     fn wait_ready(&self) {

@@ -67,4 +67,11 @@ impl Stack {
     pub async fn amqp(&self) -> Amqp {
         Amqp::connect(&self.amqp_url).await.noting(&self.apps)
     }
+
+    /// When the lease of the app's one node ends, by that server, in milliseconds since the Unix epoch; 0 if there is none.
+    pub fn lease_end(&self, server: &Redis, app: &App) -> u64 {
+        let nodes = format!("{}{{{}}}:nodes", self.prefix, app.key);
+        let answer = server.command(&["ZRANGE", &nodes, "0", "-1", "WITHSCORES"]);
+        answer.lines().nth(1).map_or(0, |score| score.parse().unwrap())
+    }
 }

@@ -8,6 +8,7 @@ mod link;
 mod scripts;
 mod sentinels;
 
+use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,15 +26,19 @@ use self::keys::Keys;
 use self::link::{Link, Live};
 use self::scripts::{Scripts, Source};
 use super::{Answer, Feed, Kind, Ledger, LedgerError, LedgerSettings, NodeName, Recalled, Renewal, Snapshot, Stored};
-use crate::broadcast::BroadcastId;
 use crate::broadcast::app::AppKey;
 use crate::broadcast::envelope::{Content, Envelope, tail};
 use crate::broadcast::request::Submission;
 use crate::broadcast::verdict::Decision;
+use crate::broadcast::{BroadcastId, MAX_ID};
 use crate::failpoint;
 
 /// How many entries of the log a node is given when it joins without a position: enough for its recent window.
 const JOIN_LOG: u32 = 1000;
+/// How many entries of the log one answer has when a node reads what it missed: 6 MB at most, well within the time to answer.
+const BACKFILL_PORTION: u32 = 500;
+/// How many entries of the log one answer of the history has at the most, and at the least if there are so many.
+const HISTORY_PORTION: (usize, usize) = (200, 20);
 /// How many subscription changes may wait; more wait in their callers.
 const CHANGES: usize = 1024;
 
@@ -214,17 +219,36 @@ impl RedisLedger {
         }
     }
 
-    async fn history(&self, app: &AppKey, lowest: &str, highest: &str) -> Result<History, LedgerError> {
+    /// One portion of the broadcasts from `highest` down to `lowest`: `most` entries of the log, and what is retained among them.
+    async fn history(
+        &self,
+        app: &AppKey,
+        (lowest, highest): (BroadcastId, BroadcastId),
+        kind: Kind,
+        most: usize,
+    ) -> Result<History, LedgerError> {
         let mut live = self.link.get()?;
-        let arguments = arguments([self.keys.log(app), self.keys.retained(app)], [lowest, highest]);
+        let kind = match kind {
+            Kind::All => "all",
+            Kind::Retained => "retained",
+            Kind::OnlineOnly => "online",
+        };
+        let keys = [self.keys.log(app), self.keys.retained(app)];
+        let arguments = arguments(keys, [&lowest.to_string(), &highest.to_string(), kind, most.to_string().as_str()]);
         let value = self.run(&mut live, |scripts| &scripts.history, &arguments).await?;
-        let (now_ms, log, retained): (u64, Vec<Vec<u8>>, Vec<Vec<u8>>) = read(value)?;
-        let mut retained: Vec<_> = stored(app, retained).into_iter().map(|stored| stored.envelope).collect();
+        let (now_ms, log, retained, following): (u64, Vec<Vec<u8>>, Vec<Vec<u8>>, u64) = read(value)?;
         let is_broadcast = |envelope: &Envelope| matches!(envelope.content, Content::Broadcast { .. });
-        retained.retain(|envelope| is_broadcast(envelope) && !envelope.expired(now_ms));
-        let mut log: Vec<_> = stored(app, log).into_iter().map(|stored| stored.envelope).collect();
-        log.retain(is_broadcast);
-        Ok(History { log, retained })
+        let mut envelopes: Vec<_> = stored(app, log).into_iter().map(|stored| stored.envelope).collect();
+        envelopes.retain(is_broadcast);
+        let logged: HashSet<_> = envelopes.iter().map(|envelope| envelope.id).collect();
+        let retained = stored(app, retained).into_iter().map(|stored| stored.envelope);
+        envelopes.extend(
+            retained.filter(|envelope| {
+                is_broadcast(envelope) && !envelope.expired(now_ms) && !logged.contains(&envelope.id)
+            }),
+        );
+        envelopes.sort_unstable_by_key(|envelope| std::cmp::Reverse(envelope.id));
+        Ok(History { envelopes, following })
     }
 
     async fn change(
@@ -240,9 +264,12 @@ impl RedisLedger {
     }
 }
 
+/// A portion of the broadcasts.
 struct History {
-    log: Vec<Envelope>,
-    retained: Vec<Envelope>,
+    /// Newest first.
+    envelopes: Vec<Envelope>,
+    /// Where the next portion begins; 0: this was the last.
+    following: BroadcastId,
 }
 
 impl Ledger for RedisLedger {
@@ -278,30 +305,19 @@ impl Ledger for RedisLedger {
     }
 
     fn find<'a>(&'a self, app: &'a AppKey, id: BroadcastId) -> Answer<'a, Option<Envelope>> {
-        async move {
-            let id = id.to_string();
-            let History { mut log, mut retained } = self.history(app, &id, &id).await?;
-            Ok(log.pop().or_else(|| retained.pop()))
-        }
-        .boxed()
+        async move { Ok(self.history(app, (id, id), Kind::All, 1).await?.envelopes.pop()) }.boxed()
     }
 
     fn list<'a>(&'a self, app: &'a AppKey, before: BroadcastId, limit: usize, kind: Kind) -> Answer<'a, Vec<Envelope>> {
         async move {
-            let highest = if before == 0 { "+".to_owned() } else { (before - 1).to_string() };
-            let highest_score = if before == 0 { crate::broadcast::MAX_ID.to_string() } else { highest };
-            let History { log, retained } = self.history(app, "0", &highest_score).await?;
-            let mut all = match kind {
-                Kind::Retained => retained,
-                Kind::OnlineOnly => log.into_iter().filter(|envelope| envelope.expires_ms == 0).collect(),
-                Kind::All => {
-                    let known: std::collections::HashSet<_> = log.iter().map(|envelope| envelope.id).collect();
-                    let mut all = log;
-                    all.extend(retained.into_iter().filter(|envelope| !known.contains(&envelope.id)));
-                    all
-                }
-            };
-            all.sort_unstable_by_key(|envelope| std::cmp::Reverse(envelope.id));
+            let mut highest = if before == 0 { MAX_ID } else { before - 1 };
+            let most = limit.clamp(HISTORY_PORTION.1, HISTORY_PORTION.0);
+            let mut all = Vec::new();
+            while all.len() < limit && highest > 0 {
+                let portion = self.history(app, (0, highest), kind, most).await?;
+                all.extend(portion.envelopes);
+                highest = portion.following;
+            }
             all.truncate(limit);
             Ok(all)
         }
@@ -330,20 +346,29 @@ impl Ledger for RedisLedger {
         async move {
             let mut live = self.link.get()?;
             let keys = [self.keys.meta(app), self.keys.log(app), self.keys.retained(app), self.keys.nodes(app)];
-            let arguments = arguments(
-                keys,
-                [&node.0, lease.as_millis().to_string().as_str(), &after.to_string(), &JOIN_LOG.to_string()],
-            );
-            let value = self.run(&mut live, |scripts| &scripts.join, &arguments).await?;
-            let (now_ms, head, log, retained, logged): (u64, u64, Vec<Vec<u8>>, Vec<Vec<u8>>, i64) = read(value)?;
-            Ok(Snapshot {
-                now_ms,
-                head,
-                generation: live.generation,
-                log: stored(app, log),
-                retained: stored(app, retained),
-                logged: u64::try_from(logged).ok(),
-            })
+            let lease = lease.as_millis().to_string();
+            let most = if after == 0 { JOIN_LOG } else { BACKFILL_PORTION }.to_string();
+            let mut earlier = Vec::new();
+            let mut position = after;
+            // Each portion is an answer of its own, so that a long one is never asked for again and again in vain.
+            loop {
+                let arguments = arguments(keys.clone(), [&*node.0, &lease, &position.to_string(), &most]);
+                let value = self.run(&mut live, |scripts| &scripts.join, &arguments).await?;
+                let (now_ms, head, log, retained, logged, reached): (u64, u64, Vec<_>, Vec<_>, i64, u64) = read(value)?;
+                earlier.extend(stored(app, log));
+                if reached > position {
+                    position = reached;
+                    continue;
+                }
+                return Ok(Snapshot {
+                    now_ms,
+                    head,
+                    generation: live.generation,
+                    log: earlier,
+                    retained: stored(app, retained),
+                    logged: u64::try_from(logged).ok(),
+                });
+            }
         }
         .boxed()
     }

@@ -1,9 +1,11 @@
 -- Takes or renews a node's lease and reads the app's state in the same instant: what is accepted afterwards is published to
--- the node, so nothing falls in between. A backfill is the same call with a position.
+-- the node, so nothing falls in between. A backfill is the same call with a position; where more follows it than fits one answer,
+-- that is all that is read, and the lease and the rest are left to the call that reads the log's end.
 --
 -- KEYS meta, log, retained, nodes
--- ARGV node, lease ms, after (0: the newest entries only), most entries for that
--- Returns {now ms, head, {log envelope…} oldest first, {retained envelope…} oldest first, entries that the log ever had (-1: not known)}
+-- ARGV node, lease ms, after (0: the newest entries only), most entries of the log
+-- Returns {now ms, head, {log envelope…} oldest first, {retained envelope…} oldest first, entries that the log ever had (-1: not known),
+--          0} | {0, 0, {log envelope…}, {}, -1, id of the last of these: more may follow}
 
 local now_ms = math.floor(now_us() / 1000)
 local head = parse_meta(redis.call('GET', KEYS[1]), KEYS[2])
@@ -14,9 +16,12 @@ if ARGV[3] == '0' then
     log[#log + 1] = entries[i][2][2]
   end
 else
-  local entries = redis.call('XRANGE', KEYS[2], '(' .. ARGV[3] .. '-0', '+')
+  local entries = redis.call('XRANGE', KEYS[2], '(' .. ARGV[3] .. '-0', '+', 'COUNT', ARGV[4])
   for i = 1, #entries do
     log[i] = entries[i][2][2]
+  end
+  if #entries > 0 and #entries == tonumber(ARGV[4]) then
+    return { 0, 0, log, {}, -1, tonumber(string.match(entries[#entries][1], '^%d+')) }
   end
 end
 local retained = {}
@@ -41,4 +46,4 @@ end
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', text(now_ms))
 redis.call('ZADD', KEYS[4], text(now_ms + tonumber(ARGV[2])), ARGV[1])
 redis.call('PEXPIRE', KEYS[4], 2 * tonumber(ARGV[2]) + SLACK)
-return { now_ms, head, log, retained, logged }
+return { now_ms, head, log, retained, logged, 0 }
