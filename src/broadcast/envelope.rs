@@ -178,7 +178,9 @@ impl Envelope {
                 targets: wire.target_os.map_or(Platforms::ALL, |names| Platforms::known(&names)),
             },
         };
-        Ok(Self { id: wire.id, prev: wire.prev, time_ms: wire.time, expires_ms: wire.expires, content })
+        // A recall is for whoever had the broadcast, however late.
+        let expires_ms = if wire.recall.is_some() { 0 } else { wire.expires };
+        Ok(Self { id: wire.id, prev: wire.prev, time_ms: wire.time, expires_ms, content })
     }
 
     /// Whether it must no longer be delivered at `now_ms`. What is not retained never expires.
