@@ -1,4 +1,4 @@
-//! What the fuzzers found worth keeping, once more: every file of `fuzz/corpus` through its target.
+//! What was written by hand for the fuzzers, and what they found, once more: every file of `fuzz/corpus` through its target.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a file that cannot be read is a test that fails")]
 
