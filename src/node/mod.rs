@@ -93,8 +93,8 @@ pub struct Node {
 impl Node {
     /// Starts the node's threads and its task on the current runtime; devices can connect when it returns.
     ///
-    /// `listeners`: of one address, see [`listen`]; a shard that has none of its own shares the first. `http`: who serves requests other than the upgrade, if anybody. `shutdown`: ends everything at
-    /// once; [`Node::drain`] is the gentle way.
+    /// `listeners`: of one address, see [`listen`]; each is a shard's. `http`: who serves requests other than the upgrade, if
+    /// anybody. `shutdown`: ends everything at once; [`Node::drain`] is the gentle way.
     ///
     /// # Errors
     /// [`NodeError`], if a setting cannot work or the system refuses.
@@ -110,9 +110,9 @@ impl Node {
         settings.validate().map_err(NodeError::Settings)?;
         let name = NodeName(settings.node_name().into());
         let first = listeners.first().ok_or_else(|| NodeError::Settings("a node needs a listener".into()))?;
-        let (address, first) = (first.local_addr()?, first.try_clone()?);
+        let address = first.local_addr()?;
         let apps = Apps::new(directory, settings.tokenless_login);
-        let count = settings.shard_count();
+        let count = listeners.len();
         let shared = Arc::new(Shared {
             desk: Desk::new(apps.len(), settings.max_sessions_per_app),
             caps: Caps::new(settings.max_sessions, settings.max_sessions_per_address),
@@ -124,10 +124,8 @@ impl Node {
             stop: AtomicBool::new(false),
         });
         let (mut shards, mut senders) = (Vec::new(), Vec::new());
-        let mut listeners = listeners.into_iter();
         let per_second = shared.settings.accept_per_second.div_ceil(u32::try_from(count).unwrap_or(u32::MAX).max(1));
-        for number in 0..count {
-            let listener = listeners.next().map_or_else(|| first.try_clone(), Ok)?;
+        for (number, listener) in listeners.into_iter().enumerate() {
             let (shard, sender) = Shard::new(number, listener, per_second, shared.clone())?;
             shards.push(shard);
             senders.push(sender);
