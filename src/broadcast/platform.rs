@@ -81,6 +81,12 @@ impl Platforms {
         self.0 & platform as u8 != 0
     }
 
+    /// Those in both sets.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
     /// The set as bits, one a platform.
     #[must_use]
     pub const fn bits(self) -> u8 {
@@ -106,6 +112,13 @@ mod tests {
         for names in [vec!["ios"], vec!["web", "mac"], vec!["aos", "pc", "web"], vec!["all"]] {
             assert_eq!(Platforms::parse(&names).unwrap().names(), names);
         }
+    }
+
+    #[test]
+    fn what_both_hold() {
+        let set = |names: &[&str]| Platforms::parse(names).unwrap();
+        assert_eq!(set(&["ios", "web"]).and(set(&["web", "mac"])), set(&["web"]));
+        assert_eq!(Platforms::ALL.and(Platforms::NONE), Platforms::NONE);
     }
 
     #[test]

@@ -20,6 +20,7 @@
 //! as many sessions here as it may; the reason of both is `{"reconnectAfterMs":…}`,
 //! after which it connects with its cursor.
 
+pub(crate) mod backlog;
 mod caps;
 mod clock;
 pub mod codec;

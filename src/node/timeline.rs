@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::backlog::{Backlog, Run};
 use super::entry::Entry;
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::Platform;
@@ -50,6 +51,8 @@ pub struct Timeline {
     recent: VecDeque<Arc<Entry>>,
     recent_bytes: usize,
     retained: Retained<Arc<Entry>>,
+    /// The retained ones in one piece, once a login has asked for that; of this very state.
+    backlog: Option<Backlog>,
 }
 
 /// How an envelope lies to what is known.
@@ -92,7 +95,7 @@ impl Timeline {
     #[must_use]
     pub fn new(bounds: Bounds, last: BroadcastId) -> Self {
         let (recent, retained) = (VecDeque::new(), Retained::default());
-        Self { bounds, last, trimmed: last, recent, recent_bytes: 0, retained }
+        Self { bounds, last, trimmed: last, recent, recent_bytes: 0, retained, backlog: None }
     }
 
     /// The timeline as a ledger's snapshot has it. `log` and `retained`: ids ascending.
@@ -111,6 +114,7 @@ impl Timeline {
         }
         // The snapshot's own list is the truth: what the log still shows may have been deleted or pushed out since.
         timeline.retained = Retained::default();
+        timeline.backlog = None;
         for entry in retained {
             timeline.retained.insert(entry.id, entry.expires_ms, entry, now_ms);
         }
@@ -154,6 +158,7 @@ impl Timeline {
         }
         self.last = entry.id;
         if let Some(target) = entry.recalls {
+            self.backlog = None;
             self.retained.remove(target);
             if let Ok(at) = self.recent.binary_search_by_key(&target, |entry| entry.id)
                 && let Some(recalled) = self.recent.remove(at)
@@ -161,6 +166,7 @@ impl Timeline {
                 self.recent_bytes -= recalled.frame.len();
             }
         } else if entry.expires_ms != 0 {
+            self.backlog = None;
             self.retained.insert(entry.id, entry.expires_ms, entry.clone(), now_ms);
         }
         self.recent_bytes += entry.frame.len();
@@ -188,6 +194,7 @@ impl Timeline {
         now_ms: u64,
     ) -> Backfill {
         let mut result = Backfill::default();
+        self.backlog = None;
         let last = self.last;
         let valid: Vec<BroadcastId> = retained.iter().map(|entry| entry.id).collect();
         let (older, newer): (Vec<_>, Vec<_>) = retained.into_iter().partition(|entry| entry.id <= last);
@@ -235,13 +242,38 @@ impl Timeline {
     #[must_use]
     pub fn admit(&self, since: BroadcastId, platform: Platform, now_ms: u64, resume_ms: u64) -> (Reader, usize) {
         let oldest_ms = now_ms.saturating_sub(resume_ms);
-        let resume_from = match self.recent.iter().find(|entry| entry.time_ms > oldest_ms) {
-            Some(entry) if since > 0 => entry.id,
-            _ => BroadcastId::MAX,
-        };
+        // What it has had needs no looking at, and a new device resumes nothing.
+        let start = if since > 0 { self.recent_after(since) } else { self.recent.len() };
+        let resumed = self.recent.range(start..).find(|entry| entry.time_ms > oldest_ms);
+        let resume_from = resumed.map_or(BroadcastId::MAX, |entry| entry.id);
         // A cursor beyond the head is kept: it comes from a history that the ledger has lost, whose ids are not used again.
         let reader = Reader { cursor: since, login_head: self.last.max(since), resume_from, platform };
-        (reader, self.after(reader, now_ms).filter(|entry| entry.recalls.is_none()).count())
+        let pending = match self.run(reader, now_ms) {
+            Some(run) => run.len(),
+            None => self.after(reader, now_ms).filter(|entry| entry.recalls.is_none()).count(),
+        };
+        (reader, pending)
+    }
+
+    /// Puts what is retained in one piece, unless it is or nothing of it is new to who logs in with the cursor `since`.
+    pub fn join_backlog(&mut self, since: BroadcastId, now_ms: u64) {
+        let is_owed = self.retained.after(since, now_ms).next().is_some();
+        if is_owed && self.backlog.as_ref().is_none_or(|backlog| backlog.has_expired(now_ms)) {
+            self.backlog = Some(Backlog::new(self.retained(now_ms)));
+        }
+    }
+
+    /// What of the retained ones is next for the device, in one piece; `None` if it is not to be had so: nothing was put
+    /// together, something in it is not for the device, or it resumes, so that others come in between.
+    #[must_use]
+    pub fn run(&self, reader: Reader, now_ms: u64) -> Option<Run<'_>> {
+        let backlog = self.backlog.as_ref().filter(|_| reader.resume_from > reader.login_head)?;
+        backlog.run(reader.cursor, reader.login_head, reader.platform, now_ms)
+    }
+
+    /// The place in `recent` of the first one after `cursor`.
+    fn recent_after(&self, cursor: BroadcastId) -> usize {
+        self.recent.partition_point(|entry| entry.id <= cursor)
     }
 
     /// Whether a device that comes back soon enough was away for more than is kept, so that it does not get everything that was
@@ -260,9 +292,11 @@ impl Timeline {
             .map(|(_, entry)| entry)
             .take_while(move |entry| entry.id <= login_head)
             .peekable();
-        let start = self.recent.partition_point(|entry| entry.id <= cursor);
-        let mut recent =
-            self.recent.range(start..).filter(move |entry| entry.id > login_head || entry.id >= resume_from).peekable();
+        let mut recent = self
+            .recent
+            .range(self.recent_after(cursor)..)
+            .filter(move |entry| entry.id > login_head || entry.id >= resume_from)
+            .peekable();
         std::iter::from_fn(move || match (kept.peek(), recent.peek()) {
             (Some(a), Some(b)) if a.id == b.id => {
                 kept.next();

@@ -7,6 +7,7 @@ pub mod floor;
 pub mod ours;
 mod subject;
 
+use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
@@ -22,9 +23,13 @@ use self::subject::Subject;
 const DEVICES: usize = 10_000;
 const ROUNDS: u32 = 15;
 const BURST: u32 = 20;
+/// How often a login is measured.
+const TRIALS: usize = 5;
 const INSIDE: &str = "BROADCASTD_BENCH_NAMESPACE";
+/// The cores, as bits, that work off what the loopback device receives.
+const RECEIVERS: &str = "/sys/class/net/lo/queues/rx-0/rps_cpus";
 
-/// `peers`: only the comparison; `cases`: only our own cases; nothing: both.
+/// `peers [DEVICES [SERVER…]]`: only the comparison; `cases [DEVICES]`: only our own cases; nothing: both.
 pub fn run(runtime: &Runtime, arguments: &[String]) {
     if std::env::var_os(INSIDE).is_none() && enter(arguments) {
         return;
@@ -38,7 +43,7 @@ pub fn run(runtime: &Runtime, arguments: &[String]) {
         println!("No right to a network namespace: the senders are charged for the receivers' work too.\n");
     }
     if which != "cases" {
-        compare(runtime, devices);
+        compare(runtime, devices, arguments.get(2..).unwrap_or_default());
     }
     if which != "peers" {
         cases(runtime, devices);
@@ -149,11 +154,19 @@ fn each(duration: Duration, devices: usize) -> f64 {
     duration.as_secs_f64() * 1e6 / devices.max(1) as f64
 }
 
-/// Each subject in turn, its rounds alternating with the floor's.
-fn compare(runtime: &Runtime, devices: usize) {
-    let mut floor = connect(subject::floor(devices, (0, 0)));
+/// A server with its devices, and what its rounds were.
+struct Lane {
+    online: Online,
+    single: Figures,
+    burst: Figures,
+}
+
+/// All of them with their devices online at once, a round of each in turn: what drifts on the machine drifts for all.
+/// `only`: the names to compare, all of them if empty.
+fn compare(runtime: &Runtime, devices: usize, only: &[String]) {
     type Start<'a> = Box<dyn FnOnce() -> Option<Subject> + 'a>;
     let subjects: Vec<(&str, Start<'_>)> = vec![
+        ("send loop", Box::new(|| Some(subject::floor(devices, (0, 0))))),
         ("broadcastd", Box::new(|| Some(runtime.block_on(ours::start(Case::new(devices)))))),
         ("Bun", Box::new(|| subject::bun(devices))),
         ("nchan", Box::new(|| subject::nchan(devices))),
@@ -167,54 +180,50 @@ fn compare(runtime: &Runtime, devices: usize) {
         ),
         ("Centrifugo", Box::new(|| subject::centrifugo(devices))),
     ];
+    let (mut lanes, mut absent) = (Vec::new(), Vec::new());
+    for (index, (name, start)) in subjects.into_iter().enumerate() {
+        // The send loop is what the others are compared with.
+        if index > 0 && !only.is_empty() && !only.iter().any(|only| only == name) {
+            continue;
+        }
+        match start() {
+            Some(mut subject) => {
+                // All devices are there at once, and one address has ports for 28,000.
+                subject.plan.sources = vec![IpAddr::from([127, 0, 1, 1 + u8::try_from(index).unwrap()])];
+                lanes.push(Lane { online: connect(subject), single: Figures::default(), burst: Figures::default() });
+            }
+            None => absent.push(name),
+        }
+    }
+    // The first round warms up.
+    lanes.iter_mut().for_each(|Lane { online, .. }| round(online, &mut Figures::default(), 1));
+    for _ in 0..ROUNDS {
+        lanes.iter_mut().for_each(|Lane { online, single, .. }| round(online, single, 1));
+    }
+    for _ in 0..ROUNDS {
+        lanes.iter_mut().for_each(|Lane { online, burst, .. }| round(online, burst, BURST));
+    }
     println!(
         "| server | CPU a delivery | ÷ send loop | {BURST} at once, CPU a delivery | time to the last | ÷ send loop | \
          memory a session | connecting, CPU each |"
     );
     println!("|---|---|---|---|---|---|---|---|");
-    let mut absent = Vec::new();
-    for (name, start) in subjects {
-        let Some(subject) = start() else {
-            absent.push(name);
-            continue;
-        };
-        let mut online = connect(subject);
-        let (mut ours, mut loops, mut burst) = (Figures::default(), Figures::default(), Figures::default());
-        // The first round warms up.
-        round(&mut online, &mut Figures::default(), 1);
-        round(&mut floor, &mut Figures::default(), 1);
-        for _ in 0..ROUNDS {
-            round(&mut online, &mut ours, 1);
-            round(&mut floor, &mut loops, 1);
-        }
-        for _ in 0..ROUNDS {
-            round(&mut online, &mut burst, BURST);
-        }
-        let (cpu, floor_cpu) = (ours.median_cpu().unwrap_or(0), loops.median_cpu().unwrap_or(0));
+    let floor = &lanes[0].single;
+    for Lane { online, single, burst } in &lanes {
+        let cpu = |figures: &Figures| figures.median_cpu().unwrap_or(0);
         println!(
             "| {} | {:.2} µs | {:.2} | {:.2} µs | {:.0} ms | {:.2} | {:.2} KiB | {:.0} µs |",
             online.subject.name,
-            micros(cpu),
-            ratio(cpu, floor_cpu),
-            micros(burst.median_cpu().unwrap_or(0)),
-            micros(ours.median_last()) / 1000.0,
-            ratio(ours.median_last(), loops.median_last()),
+            micros(cpu(single)),
+            ratio(cpu(single), cpu(floor)),
+            micros(cpu(burst)),
+            micros(single.median_last()) / 1000.0,
+            ratio(single.median_last(), floor.median_last()),
             each(Duration::from_micros(online.login.memory), devices) / 1024.0,
             each(online.login.cpu, devices),
         );
-        if name == "broadcastd" {
-            println!(
-                "| send loop | {:.2} µs | 1 | | {:.0} ms | 1 | {:.2} KiB | {:.0} µs |",
-                micros(floor_cpu),
-                micros(loops.median_last()) / 1000.0,
-                each(Duration::from_micros(floor.login.memory), devices) / 1024.0,
-                each(floor.login.cpu, devices),
-            );
-        }
     }
-    println!(
-        "\nMedians of {ROUNDS} rounds, each beside a round of the send loop; nothing else differs between servers."
-    );
+    println!("\nMedians of {ROUNDS} rounds, a round of each server in turn; nothing else differs between servers.");
     if !absent.is_empty() {
         println!("Not installed, so not measured: {}.", absent.join(", "));
     }
@@ -224,7 +233,7 @@ fn compare(runtime: &Runtime, devices: usize) {
 /// What only our node has to show.
 fn cases(runtime: &Runtime, devices: usize) {
     println!("| case | broadcastd | beside it | ratio |\n|---|---|---|---|");
-    retained(runtime, devices / 10);
+    retained(runtime, devices / 5);
     stalled(runtime, devices);
     cores(runtime, devices);
     println!();
@@ -232,75 +241,121 @@ fn cases(runtime: &Runtime, devices: usize) {
 
 /// A login that is given 100 broadcasts of 1 KiB: against the kernel's cost of sending those bytes.
 fn retained(runtime: &Runtime, devices: usize) {
-    let ours = connect(runtime.block_on(ours::start(Case { retained: 100, ..Case::new(devices) })));
-    let bare = connect(subject::floor(devices, (100, 1024)));
-    let without = connect(runtime.block_on(ours::start(Case::new(devices))));
-    let bare_without = connect(subject::floor(devices, (0, 0)));
-    let cost = |with: &Online, without: &Online| with.login.cpu.saturating_sub(without.login.cpu);
-    let (mine, kernel) = (cost(&ours, &without), cost(&bare, &bare_without));
-    println!(
-        "| login with 100 retained of 1 KiB: CPU above one without | {:.0} µs | {:.0} µs to send as many bytes | {:.2} |",
-        each(mine, devices),
-        each(kernel, devices),
-        mine.as_secs_f64() / kernel.as_secs_f64()
-    );
-}
-
-/// A tenth of the devices stops reading.
-fn stalled(runtime: &Runtime, devices: usize) {
-    let mut online = connect(runtime.block_on(ours::start(Case::new(devices))));
-    let mut before = Figures::default();
-    round(&mut online, &mut Figures::default(), 1);
-    (0..ROUNDS).for_each(|_| round(&mut online, &mut before, 1));
-    online.herd.order(Order::Stall(devices / 10)).unwrap();
-    // Until their sockets are full: what is sent from here on waits in the node, as a cursor.
-    let memory = settled(&online.subject.server).memory;
-    for _ in 0..20 {
-        round(&mut online, &mut Figures::default(), 500);
+    const GIVEN: u32 = 100;
+    const BYTES: usize = 1024;
+    let ours = |retained| connect(runtime.block_on(ours::start(Case { retained, ..Case::new(devices) })));
+    let bare = |count| connect(subject::floor(devices, (count, BYTES)));
+    let cost = |online: Online| u64::try_from(online.login.cpu.as_nanos()).unwrap() / devices as u64;
+    // One after the other, several times over: the machine drifts.
+    let mut costs: [Vec<u64>; 4] = Default::default();
+    for _ in 0..TRIALS {
+        costs[0].push(cost(ours(GIVEN)));
+        costs[1].push(cost(ours(0)));
+        costs[2].push(cost(bare(GIVEN as usize)));
+        costs[3].push(cost(bare(0)));
     }
-    let mut after = Figures::default();
-    (0..ROUNDS).for_each(|_| round(&mut online, &mut after, 1));
-    let grown = settled(&online.subject.server).memory.saturating_sub(memory);
+    let [with, without, bare_with, bare_without] = costs.map(|mut costs| {
+        costs.sort_unstable();
+        costs[costs.len() / 2]
+    });
+    let (mine, kernel) = (with.saturating_sub(without), bare_with.saturating_sub(bare_without));
     println!(
-        "| a tenth of the devices does not read: the others' time to the last | {:.0} ms | {:.0} ms before | {:.2} |",
-        micros(after.median_last()) / 1000.0,
-        micros(before.median_last()) / 1000.0,
-        ratio(after.median_last(), before.median_last())
+        "| login with {GIVEN} retained of 1 KiB: CPU above one without ({:.0} and {:.0} µs) | {:.0} µs | {:.0} µs to send as many \
+         bytes ({:.0} and {:.0} µs) | {:.2} |",
+        micros(with),
+        micros(without),
+        micros(mine),
+        micros(kernel),
+        micros(bare_with),
+        micros(bare_without),
+        ratio(mine, kernel)
     );
-    println!("| … and memory for each who does not read | {} bytes | | |", grown / (devices as u64 / 10));
 }
 
-/// How long after `start` the server last did anything.
-fn until_idle(server: &Server, start: std::time::Instant) -> Duration {
+/// A tenth of the devices stops reading: beside a node that has the others only.
+fn stalled(runtime: &Runtime, devices: usize) {
+    let silent = devices / 10;
+    let start = |devices| {
+        // Small buffers of the kernel's are full soon.
+        let case = Case { send_buffer_bytes: 8192, ..Case::new(devices) };
+        connect(runtime.block_on(ours::start(case)))
+    };
+    let (mut with, mut without) = (start(devices), start(devices - silent));
+    with.herd.order(Order::Stall(silent)).unwrap();
+    let before = [&with, &without].map(|online| settled(&online.subject.server).memory);
+    let behind = |online: &Online| runtime.block_on(online.subject.metric("broadcastd_sessions_behind"));
+    // Until all of their sockets are full, and they are a cursor. Less than the node's window: nobody is sent away.
+    let mut sent = 0;
+    #[allow(clippy::cast_precision_loss, reason = "devices")]
+    while behind(&with) < silent as f64 {
+        assert!(sent < 900, "only {} of {silent} are behind after {sent} broadcasts", behind(&with));
+        for online in [&mut with, &mut without] {
+            round(online, &mut Figures::default(), 50);
+        }
+        sent += 50;
+    }
+    let (mut slow, mut plain) = (Figures::default(), Figures::default());
+    for _ in 0..ROUNDS {
+        round(&mut with, &mut slow, 1);
+        round(&mut without, &mut plain, 1);
+    }
+    let after = [&with, &without].map(|online| settled(&online.subject.server).memory);
+    let grown = [0, 1].map(|index| after[index].saturating_sub(before[index]));
+    #[allow(clippy::cast_possible_truncation, reason = "devices")]
+    let still = behind(&with) as usize;
+    println!(
+        "| {silent} of {devices} do not read: the others' time to the last | {:.0} ms | {:.0} ms without the {silent} | {:.2} |",
+        micros(slow.median_last()) / 1000.0,
+        micros(plain.median_last()) / 1000.0,
+        ratio(slow.median_last(), plain.median_last())
+    );
+    println!(
+        "| … memory that {sent} broadcasts add to the node, a device that does not read ({still}, none sent away) | {} KiB | {} KiB \
+         without them | {} bytes |",
+        grown[0] / 1024,
+        grown[1] / 1024,
+        grown[0].saturating_sub(grown[1]) / silent as u64
+    );
+}
+
+/// Waits until the server does nothing any more.
+fn until_idle(server: &Server) {
     let cpu = || server.usage().unwrap().unwrap().cpu;
-    let (mut used, mut busy_until) = (cpu(), start.elapsed());
-    while start.elapsed().saturating_sub(busy_until) < Duration::from_millis(300) {
-        std::thread::sleep(Duration::from_millis(5));
+    let mut used = cpu();
+    loop {
+        std::thread::sleep(Duration::from_millis(50));
         let now = cpu();
-        if now.saturating_sub(used) > Duration::from_micros(500) {
-            busy_until = start.elapsed();
+        if now.saturating_sub(used) < Duration::from_micros(500) {
+            return;
         }
         used = now;
     }
-    busy_until
 }
 
-/// One core and two, while nobody reads: the devices' side would need cores of its own.
+/// One core and two, while nobody reads: the devices' side would need cores of its own. What the kernel does to receive is
+/// done on the core that sends, on two cores as on one.
 fn cores(runtime: &Runtime, devices: usize) {
+    let _ = std::fs::write(RECEIVERS, "0");
     let rate = |shards: usize, cpus: &'static str| {
         let mut online = connect(runtime.block_on(ours::start(Case { shards, cpus, ..Case::new(devices) })));
         round(&mut online, &mut Figures::default(), 1);
         online.herd.order(Order::Stall(devices)).unwrap();
-        let wanted = 100;
-        let start = std::time::Instant::now();
-        for _ in 0..wanted {
+        let sweeps = |online: &Online| {
+            let metric = |name| runtime.block_on(online.subject.metric(name));
+            (metric("broadcastd_sweep_seconds_sum"), metric("broadcastd_sweep_seconds_count"))
+        };
+        let (sum, count) = sweeps(&online);
+        for _ in 0..ROUNDS {
             (online.subject.send)(1);
+            until_idle(&online.subject.server);
         }
-        let took = until_idle(&online.subject.server, start);
-        #[allow(clippy::cast_precision_loss, reason = "for reading")]
-        let deliveries = (wanted * devices) as f64;
-        deliveries / took.as_secs_f64()
+        let after = sweeps(&online);
+        let (sum, count) = (after.0 - sum, after.1 - count);
+        #[allow(clippy::cast_precision_loss, reason = "devices")]
+        let deliveries = devices as f64;
+        deliveries / (sum / count)
     };
     let (one, two) = (rate(1, "0"), rate(2, "0,1"));
     println!("| deliveries a second on two cores, nobody reading | {two:.0} | {one:.0} on one | {:.2} |", two / one);
+    let _ = std::fs::write(RECEIVERS, "2");
 }

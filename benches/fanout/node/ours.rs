@@ -22,7 +22,7 @@ use crate::support::stack::Stack;
 #[allow(dead_code, reason = "held for its end")]
 pub struct Ours {
     redis: Redis,
-    node: Process,
+    pub node: Process,
 }
 
 /// What differs between the cases.
@@ -33,11 +33,13 @@ pub struct Case {
     pub cpus: &'static str,
     /// So many broadcasts of 1 KiB are retained before anybody comes.
     pub retained: u32,
+    /// Of the node; 0: the system's choice.
+    pub send_buffer_bytes: u32,
 }
 
 impl Case {
     pub fn new(devices: usize) -> Self {
-        Self { devices, shards: 1, cpus: "0", retained: 0 }
+        Self { devices, shards: 1, cpus: "0", retained: 0, send_buffer_bytes: 0 }
     }
 }
 
@@ -51,6 +53,7 @@ pub async fn start(case: Case) -> Subject {
         .with("log.level", "warn")
         .with("node.shards", case.shards.to_string())
         .with("node.accept_per_second", "1000000")
+        .with("node.send_buffer_bytes", case.send_buffer_bytes.to_string())
         // What is measured is not to be mixed with pings.
         .with("node.ping_seconds", "600")
         .start()
@@ -73,7 +76,7 @@ pub async fn start(case: Case) -> Subject {
         server,
         plan,
         send,
-        _running: Running::Ours(Box::new(Ours { redis, node })),
+        running: Running::Ours(Box::new(Ours { redis, node })),
     }
 }
 

@@ -25,7 +25,17 @@ pub struct Subject {
     pub plan: Plan,
     pub send: Send,
     /// Ended when dropped.
-    pub _running: Running,
+    pub running: Running,
+}
+
+impl Subject {
+    /// A metric of our node.
+    pub async fn metric(&self, name: &str) -> f64 {
+        match &self.running {
+            Running::Ours(ours) => ours.node.metric(name).await,
+            Running::Child(_) => unreachable!("only our node is asked"),
+        }
+    }
 }
 
 /// What ends with the subject.
@@ -87,7 +97,7 @@ fn by_lines(name: &str, mut child: Child, plan: Plan) -> Subject {
     let mut input: ChildStdin = child.stdin.take().unwrap();
     let send = Box::new(move |count| writeln!(input, "{count}").unwrap());
     let server = Server::Process(child.id());
-    Subject { name: name.to_owned(), server, plan, send, _running: Running::Child(Killed(child)) }
+    Subject { name: name.to_owned(), server, plan, send, running: Running::Child(Killed(child)) }
 }
 
 /// The bare send loop. `greeting`: so many frames of so many bytes for each who connects.
@@ -155,7 +165,7 @@ pub fn nchan(devices: usize) -> Option<Subject> {
     let server = Server::Process(child.id());
     let send = Box::new(move |count| (0..count).for_each(|_| post(&url, "text/plain", "x".repeat(BYTES))));
     let plan = plain(port, "/ws", devices);
-    Some(Subject { name: "nchan".to_owned(), server, plan, send, _running: Running::Child(Killed(child)) })
+    Some(Subject { name: "nchan".to_owned(), server, plan, send, running: Running::Child(Killed(child)) })
 }
 
 /// Centrifugo, if it is on the path.
@@ -175,7 +185,7 @@ pub fn centrifugo(devices: usize) -> Option<Subject> {
     let mut plan = plain(port, "/connection/websocket", devices);
     plan.hello = vec![r#"{"id":1,"connect":{}}"#.to_owned(), r#"{"id":2,"subscribe":{"channel":"all"}}"#.to_owned()];
     plan.greetings = 2;
-    Some(Subject { name: "Centrifugo".to_owned(), server, plan, send, _running: Running::Child(Killed(child)) })
+    Some(Subject { name: "Centrifugo".to_owned(), server, plan, send, running: Running::Child(Killed(child)) })
 }
 
 fn post(url: &str, content_type: &str, body: String) {

@@ -159,7 +159,7 @@ impl Shard {
     pub(super) fn welcome(&mut self, token: Token) {
         let number = self.number;
         let Some(session) = self.sessions.get_mut(key(token)) else { return };
-        let Some(timeline) = self.views.get(session.app as usize).and_then(|view| view.timeline.as_ref()) else {
+        let Some(timeline) = self.views.get_mut(session.app as usize).and_then(|view| view.timeline.as_mut()) else {
             return;
         };
         let resume_ms = self.shared.settings.resume_seconds.saturating_mul(1000);
@@ -168,6 +168,7 @@ impl Shard {
             self.shared.metrics.resumes_short.inc();
             tracing::debug!(since = session.cursor, "came back, but too much was broadcast meanwhile");
         }
+        timeline.join_backlog(session.cursor, now_ms);
         let pending = session.admit(timeline, now_ms, resume_ms);
         // Never 0, which would make it a new device again when it comes back.
         let head = session.login_head.max(1);

@@ -222,6 +222,8 @@ impl Shard {
             return;
         }
         self.timers.expect_login(token, Instant::now() + self.shared.settings.login());
+        // Its request is usually here: see `door::listen`.
+        self.read(token, false);
     }
 
     /// The session of this token, unless it has ended.

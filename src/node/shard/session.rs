@@ -8,6 +8,7 @@ use mio::{Interest, Registry, Token};
 
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::Platform;
+use crate::node::backlog::Run;
 use crate::node::caps::Permit;
 use crate::node::codec::Decoder;
 use crate::node::entry::Entry;
@@ -173,8 +174,13 @@ impl<S: Write> Session<S> {
                 }
             }
             let first = count;
-            if let Some(timeline) = timeline {
-                for entry in timeline.after(self.reader(), now_ms()).take(SLICES - first) {
+            let now_ms = now_ms();
+            let run = timeline.and_then(|timeline| timeline.run(self.reader(), now_ms)).filter(|run| !run.is_empty());
+            if let Some(run) = &run {
+                slices[count] = IoSlice::new(run.bytes());
+                count += 1;
+            } else if let Some(timeline) = timeline {
+                for entry in timeline.after(self.reader(), now_ms).take(SLICES - first) {
                     slices[count] = IoSlice::new(&entry.frame);
                     entries[count] = Some(entry);
                     count += 1;
@@ -199,6 +205,10 @@ impl<S: Write> Session<S> {
                 Err(error) => return Err(error),
             };
             sent -= self.sent_waiting(sent, delivered);
+            if let Some(run) = run {
+                self.sent_of_run(&run, sent, delivered);
+                continue;
+            }
             for entry in entries.iter().take(count).flatten() {
                 if sent == 0 {
                     break;
@@ -233,6 +243,18 @@ impl<S: Write> Session<S> {
             }
         }
         sent - left
+    }
+
+    /// Notes that the first `sent` bytes of `run` went out.
+    fn sent_of_run(&mut self, run: &Run<'_>, sent: usize, delivered: &mut u64) {
+        let (whole, rest, part) = run.split(sent);
+        if let Some(last) = whole.last() {
+            self.cursor = last.id;
+            *delivered += whole.len() as u64;
+        }
+        if let Some(begun) = rest.first().filter(|_| part > 0) {
+            self.sent_of(begun, part, delivered);
+        }
     }
 
     /// Notes that at most `sent` bytes of `entry` went out; returns how many of them were its.
