@@ -104,6 +104,14 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     Ok((key.trim().to_owned(), value.to_owned()))
 }
 
+impl Cli {
+    /// Whether one thread does all of its work: a worker's time goes to two connections, which threads would hand to each
+    /// other (the figure is in ARCHITECTURE.md). More of it are more processes.
+    pub(crate) const fn is_single_threaded(&self) -> bool {
+        matches!(self.command, Command::Worker)
+    }
+}
+
 /// Does what the command line says.
 pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {

@@ -19,14 +19,20 @@ fn main() -> ExitCode {
         eprintln!("broadcastd: TLS was set up twice");
         return ExitCode::FAILURE;
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let cli = cli::Cli::parse();
+    let mut builder = if cli.is_single_threaded() {
+        tokio::runtime::Builder::new_current_thread()
+    } else {
+        tokio::runtime::Builder::new_multi_thread()
+    };
+    let runtime = match builder.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("broadcastd: cannot start: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(cli::run(cli::Cli::parse()));
+    let outcome = runtime.block_on(cli::run(cli));
     // A blocked helper thread must not keep a drained process alive.
     runtime.shutdown_background();
     match outcome {

@@ -26,13 +26,17 @@ struct Figure {
     micros: f64,
 }
 
-pub async fn run() {
+/// `[NODES…]`: only these rows.
+pub async fn run(only: &[String]) {
     println!("## Worker: {APPS} apps, requests waiting in a quorum queue, no reply wanted, median of {ROUNDS}\n");
     println!(
         "| leased nodes | worker, requests/s | worker, CPU each | floor, requests/s | floor, CPU each | CPU ÷ floor |"
     );
     println!("|---|---|---|---|---|---|");
     for (nodes, count) in [(1, 40_000), (10, 30_000), (100, 12_000)] {
+        if !only.is_empty() && !only.contains(&nodes.to_string()) {
+            continue;
+        }
         let (mut worker, mut floor) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             worker.push(measure(nodes, count, true).await);

@@ -21,13 +21,17 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     match arguments.first().map(String::as_str) {
-        Some("floor") => runtime.block_on(floor::run(&arguments[1..])),
+        // One thread, like the worker.
+        Some("floor") => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(floor::run(&arguments[1..]));
+        }
         Some("floor-node") => node::floor::run(&arguments[1..]),
         Some("node") => node::run(&runtime, &arguments[1..]),
         Some("scale") => scale::run(&runtime),
         Some("worker") => runtime.block_on(async {
             machine::describe();
-            drain::run().await
+            drain::run(&arguments[1..]).await
         }),
         Some("latency") => runtime.block_on(async {
             machine::describe();
@@ -40,7 +44,7 @@ fn main() {
         None => {
             runtime.block_on(async {
                 machine::describe();
-                drain::run().await;
+                drain::run(&[]).await;
                 latency::run().await;
                 growth::run().await;
             });

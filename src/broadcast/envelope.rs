@@ -125,8 +125,9 @@ pub fn tail(request: &Request) -> String {
         target_os: (request.targets != Platforms::ALL).then(|| request.targets.names()),
     };
     // Strings and string lists always serialise; the empty tail would only make an unreadable envelope, not a panic.
-    let json = serde_json::to_string(&tail).unwrap_or_default();
-    json.get(1..).unwrap_or_default().to_owned()
+    let mut json = serde_json::to_string(&tail).unwrap_or_default();
+    json.drain(..json.len().min(1));
+    json
 }
 
 /// A broadcast's envelope, as the accept script joins it.

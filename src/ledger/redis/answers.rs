@@ -2,6 +2,7 @@
 
 use redis::{Cmd, Value};
 
+use super::keys::Key;
 use crate::broadcast::MAX_ID;
 use crate::broadcast::app::AppKey;
 use crate::broadcast::envelope::Envelope;
@@ -10,7 +11,7 @@ use crate::ledger::{LedgerError, Stored};
 
 /// `numkeys key… argument…`, behind a placeholder for the command's name.
 pub(super) fn arguments<const K: usize, const A: usize>(
-    keys: [String; K],
+    keys: [Key<'_>; K],
     arguments: [impl redis::ToRedisArgs; A],
 ) -> Cmd {
     let mut command = redis::cmd("-");

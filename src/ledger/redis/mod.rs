@@ -84,8 +84,9 @@ impl RedisLedger {
     fn accept_command(&self, submission: &Submission, generation: &str, name: (&str, &str)) -> Cmd {
         let request = &submission.request;
         let app = &request.app;
-        let mut command = redis::cmd(name.0);
+        let mut command = Cmd::with_capacity(20, 1024);
         command
+            .arg(name.0)
             .arg(name.1)
             .arg(7)
             .arg(self.keys.meta(app))
@@ -287,7 +288,7 @@ impl Ledger for RedisLedger {
                     live.generation.0.as_ref(),
                     &id.to_string(),
                     self.publish_command(),
-                    &self.keys.channel_prefix(app),
+                    &self.keys.channel_prefix(app).to_string(),
                     &self.ledger.log_length.to_string(),
                     &self.log_ms().to_string(),
                 ],
@@ -426,7 +427,7 @@ impl Ledger for RedisLedger {
                 [
                     &head.to_string(),
                     self.publish_command(),
-                    &self.keys.channel_prefix(app),
+                    &self.keys.channel_prefix(app).to_string(),
                     &recalled.len().to_string(),
                 ],
             );
