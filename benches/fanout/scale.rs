@@ -1,124 +1,173 @@
 //! How it scales: a model with a handful of measured constants, checked against 1, 4 and 16 node processes, and then asked
-//! about sizes that no test machine has.
+//! about sizes that no test machine has. docs/SCALE.md explains it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use broadcastd::broadcast::app::AppKey;
 use broadcastd::command::bench::Figures;
+use broadcastd::command::bench::fleet::{Order, monotonic};
 use broadcastd::command::bench::herd::Herd;
 use broadcastd::command::bench::server::Server;
-use broadcastd::ledger::Ledger;
+use broadcastd::ledger::redis::RedisLedger;
+use broadcastd::ledger::{Ledger, NodeName};
 use tokio::runtime::Runtime;
 
-use crate::node::ours::{accept, herd_on, ledger, plan};
+use crate::node::ours::{self, Case, accept, herd_on, ledger, pin, plan};
+use crate::node::{connect, enter, round};
 use crate::support::broadcastd::{App, Process};
 use crate::support::redis::Redis;
 use crate::support::stack::Stack;
 
 /// Broadcasts that each point is the mean of.
-const BROADCASTS: u32 = 200;
-/// Devices of a node process.
+const BROADCASTS: u32 = 960;
+/// Broadcasts that a busy worker has decided in one round trip.
+const BATCH: u32 = 64;
+/// Devices of each node process where deliveries are timed.
 const DEVICES: usize = 500;
+/// Rounds that a time is the median of.
+const ROUNDS: usize = 15;
 /// Bytes of a broadcast's body.
 const BODY: usize = 125;
+/// Joins that their cost is the mean of.
+const JOINS: u32 = 50;
+
+/// A cost that grows with the number of nodes: `once + each × nodes`.
+#[derive(Debug, Clone, Copy)]
+struct Line {
+    once: f64,
+    each: f64,
+}
+
+impl Line {
+    /// Through the points of one and of four nodes.
+    fn through(one: f64, four: f64) -> Self {
+        let each = (four - one) / 3.0;
+        Self { once: one - each, each }
+    }
+
+    fn at(self, nodes: f64) -> f64 {
+        self.once + self.each * nodes
+    }
+}
 
 /// The constants; times in µs.
 #[derive(Debug, Clone, Copy)]
-pub struct Model {
-    /// Redis CPU of one acceptance, without any node.
-    pub accept: f64,
-    /// Redis CPU for each node that it is published to.
-    pub publish: f64,
-    /// Bytes that Redis sends to each node for a broadcast.
-    pub bytes: f64,
+struct Model {
+    /// Redis CPU of a broadcast, one at a time.
+    alone: Line,
+    /// The same where [`BATCH`] are decided in one round trip.
+    busy: Line,
+    /// Bytes that Redis sends for a broadcast.
+    bytes: Line,
     /// A node's CPU for each device that it delivers to.
-    pub delivery: f64,
+    delivery: f64,
     /// A node's CPU for a broadcast, whoever is online.
-    pub envelope: f64,
+    envelope: f64,
     /// A node's CPU for a login.
-    pub login: f64,
+    login: f64,
     /// Redis CPU of a node's join of an app with 100 retained.
-    pub join: f64,
+    join: f64,
 }
 
 /// What the model says of one installation.
 #[derive(Debug, Clone, Copy)]
-pub struct Prediction {
-    /// Redis CPU a broadcast, µs.
-    pub redis: f64,
+struct Prediction {
     /// Broadcasts a second that one Redis core takes.
-    pub most: f64,
+    most: f64,
     /// Bytes a broadcast, Redis to nodes.
-    pub bytes: f64,
-    /// Until the last device has it, seconds.
-    pub last: f64,
+    bytes: f64,
+    /// From the decision until the last device has it, ms.
+    last_ms: f64,
     /// Until a lost node's devices are back, seconds.
-    pub node_lost: f64,
-    /// Until every node has read its apps again after Redis was lost, seconds.
-    pub redis_lost: f64,
+    node_lost: f64,
+    /// Redis CPU until every node has read its apps again after Redis was lost, seconds.
+    redis_lost: f64,
 }
 
 impl Model {
     /// `nodes` of `cores` each, `devices` in all, `apps` that every node serves, `accepts` logins a second that a node takes.
-    pub fn predict(&self, nodes: f64, cores: f64, devices: f64, apps: f64, accepts: f64) -> Prediction {
-        let redis = self.accept + self.publish * nodes;
+    fn predict(&self, nodes: f64, cores: f64, devices: f64, apps: f64, accepts: f64) -> Prediction {
         let each = devices / nodes;
-        // A core serves its own connections; the next one's envelope is published after the one before.
+        // A core serves its own connections; the last node is published to after all the others.
         let sweep = each / cores * self.delivery;
         let others = (nodes - 1.0).max(1.0);
         let logins = accepts.min(cores * 1e6 / self.login);
         Prediction {
-            redis,
-            most: 1e6 / redis,
-            bytes: self.bytes * nodes,
-            last: (redis + self.envelope + sweep) / 1e6,
+            most: 1e6 / self.busy.at(nodes),
+            bytes: self.bytes.at(nodes),
+            last_ms: (self.alone.at(nodes) + self.envelope + sweep) / 1e3,
             node_lost: each / others / logins,
             redis_lost: self.join * nodes * apps / 1e6,
         }
     }
 }
 
-/// `floor`: constants of the node measured elsewhere in the same run are taken again here, so that it stands alone.
+/// Takes every constant itself, so that it stands alone.
 pub fn run(runtime: &Runtime) {
+    if !enter("scale", &[]) {
+        return;
+    }
     println!("## Scale\n");
-    let one = point(runtime, 1);
-    let four = point(runtime, 4);
-    let sixteen = point(runtime, 16);
-    let publish = (four.redis - one.redis) / 3.0;
+    let [one, four, sixteen] = [1, 4, 16].map(|nodes| point(runtime, nodes));
+    let (delivery, envelope, login) = node(runtime);
     let model = Model {
-        accept: one.redis - publish,
-        publish,
-        bytes: one.bytes,
-        delivery: one.delivery,
-        envelope: one.envelope,
-        login: one.login,
-        join: one.join,
+        alone: Line::through(one.alone, four.alone),
+        busy: Line::through(one.busy, four.busy),
+        bytes: Line::through(one.bytes, four.bytes),
+        delivery,
+        envelope,
+        login,
+        join: join(runtime),
     };
-    println!("Constants (µs of CPU, bytes), from one and four node processes: {model:.1?}\n");
-    println!("| node processes | Redis CPU a broadcast | model | bytes | model |\n|---|---|---|---|---|");
-    for (nodes, point) in [(1.0, one), (4.0, four), (16.0, sixteen)] {
-        let said = model.predict(nodes, 1.0, nodes * 500.0, 1.0, 5000.0);
+    println!("| constant | once | each node |\n|---|---|---|");
+    for (name, line) in [
+        ("Redis CPU of a broadcast, one at a time, µs", model.alone),
+        ("… 64 in a round trip, µs", model.busy),
+        ("bytes from Redis a broadcast", model.bytes),
+    ] {
+        println!("| {name} | {:.1} | {:.1} |", line.once, line.each);
+    }
+    println!(
+        "\nA node's CPU: {delivery:.2} µs a delivery, {envelope:.0} µs a broadcast, {login:.0} µs a login. Redis' CPU of a join with \
+         100 retained: {:.0} µs.\n",
+        model.join
+    );
+    println!(
+        "| node processes | Redis CPU, one at a time | model | 64 in a round trip | model | bytes | model | last of {DEVICES} \
+         devices a node | model |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
+    // Nodes and devices share one core here: their work is one after the other.
+    let last = Line::through(one.last, four.last);
+    for (nodes, point) in [(1.0, &one), (4.0, &four), (16.0, &sixteen)] {
         println!(
-            "| {nodes:.0} | {:.1} µs | {:.1} µs | {:.0} | {:.0} |",
-            point.redis, said.redis, point.bytes_in_all, said.bytes
+            "| {nodes:.0} | {:.1} µs | {:.1} | {:.1} µs | {:.1} | {:.0} | {:.0} | {:.1} ms | {:.1} |",
+            point.alone,
+            model.alone.at(nodes),
+            point.busy,
+            model.busy.at(nodes),
+            point.bytes,
+            model.bytes.at(nodes),
+            point.last / 1e3,
+            last.at(nodes) / 1e3,
         );
     }
     println!("\nThe model, with nodes of 16 cores, 100 apps and 5,000 logins a second and node:\n");
     println!(
-        "| nodes | devices | a node | Redis CPU a broadcast | broadcasts/s a Redis core | MB a broadcast | to the last | \
-         a node's devices back after | all read again after Redis was lost |"
+        "| nodes | devices | a node | broadcasts/s a Redis core | MB a broadcast | to the last | a lost node's devices are back \
+         after | Redis CPU of reading everything again |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|");
     for (nodes, devices) in
         [(1.0, 1e5), (10.0, 1e6), (50.0, 5e6), (100.0, 1e7), (200.0, 2e7), (500.0, 5e7), (1000.0, 1e8)]
     {
         let said = model.predict(nodes, 16.0, devices, 100.0, 5000.0);
         println!(
-            "| {nodes:.0} | {devices:.0} | {:.0} | {:.0} µs | {:.0} | {:.2} | {:.0} ms | {:.1} s | {:.1} s |",
+            "| {nodes:.0} | {devices:.0} | {:.0} | {:.0} | {:.3} | {:.0} ms | {:.1} s | {:.1} s |",
             devices / nodes,
-            said.redis,
             said.most,
             said.bytes / 1e6,
-            said.last * 1e3,
+            said.last_ms,
             said.node_lost,
             said.redis_lost
         );
@@ -126,15 +175,13 @@ pub fn run(runtime: &Runtime) {
     println!();
 }
 
-#[derive(Debug, Clone, Copy)]
+/// What was measured with so many node processes; times in µs.
 struct Point {
-    redis: f64,
+    alone: f64,
+    busy: f64,
     bytes: f64,
-    bytes_in_all: f64,
-    delivery: f64,
-    envelope: f64,
-    login: f64,
-    join: f64,
+    /// Until the last device of all nodes had a broadcast.
+    last: f64,
 }
 
 fn micros(duration: Duration) -> f64 {
@@ -145,70 +192,91 @@ fn cpu(pid: u32) -> f64 {
     micros(Server::Process(pid).usage().unwrap().unwrap().cpu)
 }
 
+fn unlimited_nodes(runtime: &Runtime, stack: &Stack, nodes: usize) -> Vec<Process> {
+    let node = || {
+        let node = stack.role("node").with("log.level", "warn").with("node.shards", "1");
+        node.with("node.ping_seconds", "600").start()
+    };
+    runtime.block_on(async { futures_util::future::join_all((0..nodes).map(|_| node())).await })
+}
+
+/// Redis has the first core to itself; nodes and devices share the second one.
 #[allow(clippy::cast_precision_loss, reason = "for reading")]
 fn point(runtime: &Runtime, nodes: usize) -> Point {
     let redis = Redis::dedicated(&[]);
+    pin(redis.pid(), "0");
     let app = App::unlimited();
     let stack = Stack::on("amqp://127.0.0.1:1", &redis.url(), std::slice::from_ref(&app));
-    let processes: Vec<Process> = runtime.block_on(async {
-        let node =
-            || stack.role("node").with("log.level", "warn").with("node.shards", "1").with("node.ping_seconds", "600");
-        futures_util::future::join_all((0..nodes).map(|_| node().start())).await
-    });
-    let before: f64 = processes.iter().map(|node| cpu(node.pid())).sum();
-    let mut herds: Vec<Herd> = processes.iter().map(|node| herd_on(&plan(&app, node.public_port(), DEVICES))).collect();
-    let after: f64 = processes.iter().map(|node| cpu(node.pid())).sum();
-    let login = (after - before) / (nodes * DEVICES) as f64;
+    let processes = unlimited_nodes(runtime, &stack, nodes);
+    processes.iter().for_each(|process| pin(process.pid(), "1"));
+    // One device each, so that they serve the app.
+    let _devices: Vec<Herd> = processes.iter().map(|node| herd_on(&plan(&app, node.public_port(), 1))).collect();
     let ledger = runtime.block_on(ledger(&redis, &stack));
     let send = |count| runtime.block_on(accept(&ledger, &app, count, BODY, false));
     send(20);
-    std::thread::sleep(Duration::from_millis(500));
+    let (alone, bytes) = of_redis(&redis, &|| send(1), BROADCASTS);
+    let (batch, _) = of_redis(&redis, &|| send(BATCH), BROADCASTS / BATCH);
 
-    // What Redis does by itself (probes, renewals) is taken off.
+    let mut herds: Vec<Herd> = processes.iter().map(|node| herd_on(&plan(&app, node.public_port(), DEVICES))).collect();
+    let mut lasts: Vec<u64> = (0..ROUNDS)
+        .map(|_| {
+            herds.iter_mut().for_each(|herd| herd.order(Order::Expect(1)).unwrap());
+            let start = monotonic();
+            send(1);
+            let last = herds.iter_mut().map(|herd| *herd.arrived().unwrap().1.last().unwrap()).max().unwrap();
+            last - start
+        })
+        .collect();
+    lasts.sort_unstable();
+    Point { alone, busy: batch / f64::from(BATCH), bytes, last: lasts[ROUNDS / 2] as f64 / 1e3 }
+}
+
+/// Redis' CPU and the bytes it sent for each call of `send`, without what it does by itself (probes, renewals).
+fn of_redis(redis: &Redis, send: &dyn Fn(), calls: u32) -> (f64, f64) {
     let rest = Duration::from_secs(2);
-    let (idle_cpu, idle_bytes) = (cpu(redis.pid()), output_bytes(&redis));
+    let (cpu_before, bytes_before) = (cpu(redis.pid()), output_bytes(redis));
     std::thread::sleep(rest);
-    let (idle_cpu, idle_bytes) = ((cpu(redis.pid()) - idle_cpu) / 2.0, (output_bytes(&redis) - idle_bytes) / 2.0);
-
-    let (start, cpu_start, bytes_start) = (std::time::Instant::now(), cpu(redis.pid()), output_bytes(&redis));
-    (0..BROADCASTS).for_each(|_| send(1));
+    let idle = ((cpu(redis.pid()) - cpu_before) / 2.0, (output_bytes(redis) - bytes_before) / 2.0);
+    let (start, cpu_before, bytes_before) = (Instant::now(), cpu(redis.pid()), output_bytes(redis));
+    (0..calls).for_each(|_| send());
     let seconds = start.elapsed().as_secs_f64();
-    let count = f64::from(BROADCASTS);
-    let used = (cpu(redis.pid()) - cpu_start - idle_cpu * seconds) / count;
-    let bytes = (output_bytes(&redis) - bytes_start - idle_bytes * seconds) / count;
+    let used = cpu(redis.pid()) - cpu_before - idle.0 * seconds;
+    let bytes = output_bytes(redis) - bytes_before - idle.1 * seconds;
+    (used / f64::from(calls), bytes / f64::from(calls))
+}
 
-    // One node's share, with everyone and with (nearly) nobody online.
+/// A node's CPU, alone on the first core: a delivery, a broadcast with nearly nobody online, a login.
+#[allow(clippy::cast_precision_loss, reason = "for reading")]
+fn node(runtime: &Runtime) -> (f64, f64, f64) {
+    let devices = 5000;
+    let mut online = connect(runtime.block_on(ours::start(Case::new(devices))));
     let mut figures = Figures::default();
-    let server = Server::Process(processes[0].pid());
-    for _ in 0..15 {
-        figures
-            .round(&mut herds[0], &server, 1, || {
-                send(1);
-                Ok(())
-            })
-            .unwrap();
-    }
-    let delivery = figures.median_cpu().unwrap_or(0) as f64 / 1000.0;
-    herds.truncate(0);
-    let herd = herd_on(&plan(&app, processes[0].public_port(), 1));
-    let node_start = cpu(processes[0].pid());
-    (0..BROADCASTS).for_each(|_| send(1));
-    let envelope = (cpu(processes[0].pid()) - node_start) / count;
-    drop(herd);
+    (0..ROUNDS).for_each(|_| round(&mut online, &mut figures, 1));
+    let (delivery, login) = (figures.median_cpu().unwrap() as f64 / 1e3, micros(online.login.cpu) / devices as f64);
+    let mut few = connect(runtime.block_on(ours::start(Case::new(1))));
+    let mut figures = Figures::default();
+    (0..BROADCASTS).for_each(|_| round(&mut few, &mut figures, 1));
+    (delivery, figures.median_cpu().unwrap() as f64 / 1e3, login)
+}
 
-    // 100 retained, read by a node that comes.
+/// Redis' CPU of a node's join of an app that has 100 retained.
+fn join(runtime: &Runtime) -> f64 {
+    let redis = Redis::dedicated(&[]);
+    pin(redis.pid(), "0");
+    let app = App::unlimited();
+    let stack = Stack::on("amqp://127.0.0.1:1", &redis.url(), std::slice::from_ref(&app));
+    let ledger = runtime.block_on(ledger(&redis, &stack));
     runtime.block_on(accept(&ledger, &app, 100, BODY, true));
-    let join_start = cpu(redis.pid());
-    for number in 0..50 {
-        let name = broadcastd::ledger::NodeName(format!("join-{number}").into());
-        let key = broadcastd::broadcast::app::AppKey::parse(&app.key).unwrap();
+    let key = AppKey::parse(&app.key).unwrap();
+    let join = |ledger: &RedisLedger| {
+        let name = NodeName("join".into());
         runtime.block_on(async {
             ledger.join(&key, &name, Duration::from_secs(1), 0).await.unwrap();
             ledger.leave(&key, &name).await.unwrap();
         });
-    }
-    let join = (cpu(redis.pid()) - join_start) / 50.0;
-    Point { redis: used, bytes: bytes / nodes as f64, bytes_in_all: bytes, delivery, envelope, login, join }
+    };
+    join(&ledger);
+    of_redis(&redis, &|| join(&ledger), JOINS).0
 }
 
 fn output_bytes(redis: &Redis) -> f64 {

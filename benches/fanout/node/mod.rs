@@ -31,17 +31,12 @@ const RECEIVERS: &str = "/sys/class/net/lo/queues/rx-0/rps_cpus";
 
 /// `peers [DEVICES [SERVER…]]`: only the comparison; `cases [DEVICES]`: only our own cases; nothing: both.
 pub fn run(runtime: &Runtime, arguments: &[String]) {
-    if std::env::var_os(INSIDE).is_none() && enter(arguments) {
+    if !enter("node", arguments) {
         return;
     }
-    pin_self();
     let which = arguments.first().map_or("", String::as_str);
     let devices = arguments.get(1).map_or(DEVICES, |devices| devices.parse().unwrap());
-    let isolated = std::env::var_os(INSIDE).is_some_and(|value| value == "isolated");
     println!("## Node: {devices} devices on one core, {} bytes a message\n", subject::BYTES);
-    if !isolated {
-        println!("No right to a network namespace: the senders are charged for the receivers' work too.\n");
-    }
     if which != "cases" {
         compare(runtime, devices, arguments.get(2..).unwrap_or_default());
     }
@@ -50,13 +45,20 @@ pub fn run(runtime: &Runtime, arguments: &[String]) {
     }
 }
 
-/// Runs this program again in a namespace of its own; `false` if that is not allowed.
-fn enter(arguments: &[String]) -> bool {
+/// Sees to it that the benchmark `what` runs in a namespace of its own, if that is allowed; `false` if it has been run there, by
+/// this program once more, and nothing is left to do. In there everything but the servers runs on the second core.
+pub fn enter(what: &str, arguments: &[String]) -> bool {
     const SCRIPT: &str = "mount -t sysfs sysfs /sys && ip link set lo up && \
         echo 2 > /sys/class/net/lo/queues/rx-0/rps_cpus && exec env BROADCASTD_BENCH_NAMESPACE=isolated \"$@\"";
+    if std::env::var_os(INSIDE).is_some() {
+        pin_self();
+        return true;
+    }
     let allowed = Command::new("unshare").args(["-n", "-m", "true"]).status().is_ok_and(|status| status.success());
     if !allowed || std::thread::available_parallelism().map_or(1, usize::from) < 2 {
-        return false;
+        pin_self();
+        println!("No right to a network namespace: the senders are charged for the receivers' work too.\n");
+        return true;
     }
     // The system keeps 1000 received packets a core and drops the others: a sender that is faster than the receivers would be
     // measured by TCP's retransmissions, 200 ms later.
@@ -65,12 +67,13 @@ fn enter(arguments: &[String]) -> bool {
     let status = Command::new("unshare")
         .args(["-n", "-m", "sh", "-c", SCRIPT, "sh"])
         .arg(program)
-        .arg("node")
+        .arg(what)
         .args(arguments)
         .status()
         .unwrap();
     drop(backlog);
-    std::process::exit(status.code().unwrap_or(1));
+    assert!(status.success(), "the benchmark {what} failed");
+    false
 }
 
 /// How many received packets may wait on a core; put back when it is dropped.
@@ -101,13 +104,13 @@ fn pin_self() {
 }
 
 /// A subject with its devices online.
-struct Online {
-    subject: Subject,
-    herd: Herd,
-    login: Usage,
+pub struct Online {
+    pub subject: Subject,
+    pub herd: Herd,
+    pub login: Usage,
 }
 
-fn connect(subject: Subject) -> Online {
+pub fn connect(subject: Subject) -> Online {
     // What it allocates at its start is not its sessions'.
     let before = settled(&subject.server);
     let herd = ours::herd_on(&subject.plan);
@@ -130,7 +133,7 @@ fn settled(server: &Server) -> Usage {
     }
 }
 
-fn round(online: &mut Online, figures: &mut Figures, count: u32) {
+pub fn round(online: &mut Online, figures: &mut Figures, count: u32) {
     let Online { subject, herd, .. } = online;
     figures
         .round(herd, &subject.server, count, || {

@@ -81,12 +81,12 @@ pub async fn start(case: Case) -> Subject {
 }
 
 /// Puts a process, with all its threads, on these cores.
-fn pin(pid: u32, cpus: &str) {
+pub fn pin(pid: u32, cpus: &str) {
     let status = std::process::Command::new("taskset")
         .args(["-a", "-p", "-c", cpus, &pid.to_string()])
         .stdout(std::process::Stdio::null())
         .status();
-    assert!(status.is_ok_and(|status| status.success()), "the node cannot be put on core {cpus}");
+    assert!(status.is_ok_and(|status| status.success()), "process {pid} cannot be put on core {cpus}");
 }
 
 pub async fn ledger(redis: &Redis, stack: &Stack) -> Arc<RedisLedger> {

@@ -353,7 +353,7 @@ impl Ledger for RedisLedger {
             let mut position = after;
             // Each portion is an answer of its own, so that a long one is never asked for again and again in vain.
             loop {
-                let arguments = arguments(keys.clone(), [&*node.0, &lease, &position.to_string(), &most]);
+                let arguments = arguments(keys, [&*node.0, &lease, &position.to_string(), &most]);
                 let value = self.run(&mut live, |scripts| &scripts.join, &arguments).await?;
                 let (now_ms, head, log, retained, logged, reached): (u64, u64, Vec<_>, Vec<_>, i64, u64) = read(value)?;
                 earlier.extend(stored(app, log));
