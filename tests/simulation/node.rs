@@ -380,7 +380,7 @@ impl Shard {
     }
 
     fn welcome(&mut self, key: u64, now_ms: u64, moment: u64) {
-        let (Some(timeline), Some(seat)) = (&self.timeline, self.seats.get_mut(&key)) else { return };
+        let (Some(timeline), Some(seat)) = (&mut self.timeline, self.seats.get_mut(&key)) else { return };
         let since = seat.session.cursor;
         seat.session.socket.0.borrow_mut().now = moment;
         let pending = seat.session.admit(timeline, now_ms, RESUME_MS);

@@ -168,7 +168,6 @@ impl Shard {
             self.shared.metrics.resumes_short.inc();
             tracing::debug!(since = session.cursor, "came back, but too much was broadcast meanwhile");
         }
-        timeline.join_backlog(session.cursor, now_ms);
         let pending = session.admit(timeline, now_ms, resume_ms);
         // Never 0, which would make it a new device again when it comes back.
         let head = session.login_head.max(1);
