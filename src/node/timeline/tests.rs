@@ -296,3 +296,34 @@ proptest! {
         prop_assert_eq!(in_steps, at_once);
     }
 }
+
+#[test]
+fn what_is_in_one_piece_is_what_is_retained_now() {
+    let retained: Vec<_> = (1..=3).map(|id| broadcast(id, id - 1, NOW, LATER + id)).collect();
+    let mut timeline = Timeline::open(BOUNDS, 3, retained.clone(), retained, NOW);
+    let piece = |timeline: &mut Timeline| {
+        let (reader, _) = new_device(timeline, 0);
+        let is_kept = timeline.run(reader, NOW).is_some();
+        timeline.join_backlog(0, NOW);
+        let run = timeline.run(reader, NOW).expect("put together");
+        let frames: Vec<u8> = timeline.after(reader, NOW).flat_map(|entry| entry.frame.iter().copied()).collect();
+        assert_eq!(run.bytes(), frames);
+        assert_eq!(timeline.admit(0, Platform::Web, NOW, 60_000).1, run.len());
+        (is_kept, run.len())
+    };
+    // Nothing is put together for who has had it all.
+    timeline.join_backlog(3, NOW);
+    assert_eq!(piece(&mut timeline), (false, 3));
+    assert_eq!(piece(&mut timeline), (true, 3));
+    timeline.append(broadcast(4, 3, NOW, 0), NOW);
+    assert_eq!(piece(&mut timeline), (true, 3), "one for online devices only changes nothing");
+    timeline.append(broadcast(5, 4, NOW, LATER), NOW);
+    assert_eq!(piece(&mut timeline), (false, 4));
+    timeline.append(recall(6, 5, NOW, 2), NOW);
+    assert_eq!(piece(&mut timeline), (false, 3));
+    let _ = timeline.backfill(vec![], vec![broadcast(5, 4, NOW, LATER)], 6, true, NOW);
+    assert_eq!(piece(&mut timeline), (false, 1));
+    // One that resumes is given others in between.
+    let (resuming, _) = new_device(&timeline, 1);
+    assert!(resuming.resume_from < resuming.login_head && timeline.run(resuming, NOW).is_none());
+}
