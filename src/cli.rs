@@ -105,8 +105,8 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 impl Cli {
-    /// Whether one thread does all of its work: a worker's time goes to two connections, which threads would hand to each
-    /// other (the figure is in ARCHITECTURE.md). More of it are more processes.
+    /// Whether its runtime has one thread: a worker's time goes to two connections, whose tasks threads would hand to each other
+    /// (the figure is in ARCHITECTURE.md). lapin has a thread of its own beside it. More workers are more processes.
     pub(crate) const fn is_single_threaded(&self) -> bool {
         matches!(self.command, Command::Worker)
     }

@@ -65,7 +65,7 @@ struct Model {
     envelope: f64,
     /// A node's CPU for a login.
     login: f64,
-    /// Redis CPU of a node's join of an app with 100 retained.
+    /// Redis CPU of a node's join of an app with 100 retained, and of its leaving.
     join: f64,
 }
 
@@ -133,8 +133,9 @@ pub fn run(runtime: &Runtime) {
         model.join
     );
     println!(
-        "| node processes | Redis CPU, one at a time | model | 64 in a round trip | model | bytes | model | last of {DEVICES} \
-         devices a node | model |"
+        "Lines through what 1 and 4 node processes show, and what 16 show beside them:\n\n\
+         | node processes | Redis CPU, one at a time | line | 64 in a round trip | line | bytes | line | last of {DEVICES} \
+         devices a node, all on one core | line |"
     );
     println!("|---|---|---|---|---|---|---|---|---|");
     // Nodes and devices share one core here: their work is one after the other.
@@ -259,7 +260,7 @@ fn node(runtime: &Runtime) -> (f64, f64, f64) {
     (delivery, figures.median_cpu().unwrap() as f64 / 1e3, login)
 }
 
-/// Redis' CPU of a node's join of an app that has 100 retained.
+/// Redis' CPU of a node's join of an app that has 100 retained, and of its leaving.
 fn join(runtime: &Runtime) -> f64 {
     let redis = Redis::dedicated(&[]);
     pin(redis.pid(), "0");

@@ -114,6 +114,7 @@ impl<'a> Run<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::broadcast::envelope;
     use crate::node::entry::tests::broadcast;
 
     fn backlog(ids: &[u64]) -> Backlog {
@@ -158,9 +159,12 @@ mod tests {
         let some = backlog(&[10, 20]);
         assert!(some.run(0, 40, Platform::Web, 109).is_some());
         assert!(some.has_expired(110) && some.run(0, 40, Platform::Web, 110).is_none(), "expired");
-        let mut targeted = some.clone();
-        targeted.targets = Platforms::NONE;
-        assert!(targeted.run(0, 40, Platform::Web, 50).is_none());
+        let for_web = r#""requestId":"r","body":"b","targetOs":["web"]}"#;
+        let raw: Arc<[u8]> = envelope::broadcast(30, 20, 1, 100, for_web).into_bytes().into();
+        let for_web = Arc::new(Entry::new(envelope::Envelope::read(&raw).unwrap(), &raw, 1));
+        let mixed = Backlog::new([&broadcast(10, 0, 1, 100), &for_web].into_iter());
+        assert_eq!(mixed.run(0, 40, Platform::Web, 50).map(|run| run.len()), Some(2));
+        assert!(mixed.run(0, 40, Platform::Ios, 50).is_none(), "one of them is for others");
         let entry = broadcast(1, 0, 1, 100);
         let many = MAX_BYTES / entry.frame.len();
         assert!(Backlog::new(std::iter::repeat_n(&entry, many)).run(0, 40, Platform::Web, 50).is_some());

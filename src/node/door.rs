@@ -12,6 +12,7 @@ use mio::{Interest, Registry, Token};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::caps::Permit;
+use super::http::MAX_HEAD;
 use super::shared::Shared;
 
 /// How long to wait when the system has no descriptor or no memory for another connection.
@@ -40,7 +41,9 @@ pub fn listen(address: SocketAddr, count: usize, backlog: i32) -> io::Result<Vec
         listeners.push(socket);
     }
     for socket in &listeners {
-        defer(socket)?;
+        if let Err(error) = defer(socket) {
+            tracing::warn!(%error, "connections cannot be deferred until their request is here; a login costs more");
+        }
         socket.listen(backlog)?;
     }
     Ok(listeners.into_iter().map(TcpListener::from).collect())
@@ -186,7 +189,7 @@ fn admit(shared: &Shared, mut socket: TcpStream, peer: SocketAddr) -> Option<(Tc
         Err(refusal) => {
             shared.metrics.connections_refused.with_label_values(&[refusal.reason()]).inc();
             // What is not read would turn the close into a reset, which can overtake the answer.
-            let _ = socket.read(&mut [0; 4096]);
+            let _ = socket.read(&mut [0; MAX_HEAD]);
             // A new socket's buffer has room for it; whoever is gone already does not miss it.
             let _ = socket.write(refusal.answer().as_bytes());
             return None;

@@ -255,10 +255,11 @@ impl Timeline {
         (reader, pending)
     }
 
-    /// Puts what is retained in one piece, unless it is or nothing of it is new to who logs in with the cursor `since`.
-    pub fn join_backlog(&mut self, since: BroadcastId, now_ms: u64) {
-        let is_owed = self.retained.after(since, now_ms).next().is_some();
-        if is_owed && self.backlog.as_ref().is_none_or(|backlog| backlog.has_expired(now_ms)) {
+    /// Puts what is retained in one piece, unless it is, or whoever logs in there is not to be served from it.
+    pub fn join_backlog(&mut self, reader: Reader, now_ms: u64) {
+        let is_of_use =
+            reader.resume_from > reader.login_head && self.retained.after(reader.cursor, now_ms).next().is_some();
+        if is_of_use && self.backlog.as_ref().is_none_or(|backlog| backlog.has_expired(now_ms)) {
             self.backlog = Some(Backlog::new(self.retained(now_ms)));
         }
     }

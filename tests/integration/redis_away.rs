@@ -4,6 +4,9 @@
 use std::time::Duration;
 
 use broadcastd::broadcast::app::AppKey;
+use broadcastd::broadcast::quota::Limits;
+use broadcastd::broadcast::request::{Request, Submission};
+use broadcastd::broadcast::verdict::Decision;
 use broadcastd::ledger::redis::Mode;
 use broadcastd::ledger::{Ledger, LedgerError, NodeName};
 
@@ -101,6 +104,47 @@ async fn a_frozen_redis_has_no_double_effect() {
     checker.device(device.history(), Must::Everything, 0).unwrap();
     assert_eq!(amqp.request(&request(&app, "one more")).await["code"], 416, "the quota was charged for 100");
     after_row(&stack).await;
+}
+
+/// Row 21: one request brings the script, and the batch goes on in its order. One by one would be a round trip each, with the whole
+/// text.
+#[tokio::test]
+async fn a_batch_brings_a_forgotten_script_once() {
+    const COUNT: u64 = 64;
+    let redis = Redis::dedicated(&[]);
+    let stack = stack_on(&redis, &[]).await;
+    let ledger = ledger(&redis.url(), Mode::Single, &stack.prefix);
+    ledger.health().wait_for(Result::is_ok).await.unwrap();
+    let batch: Vec<Submission> = (0..COUNT)
+        .map(|number| {
+            let json =
+                serde_json::json!({ "requestId": format!("r{number}"), "appKey": "demo", "body": "b" }).to_string();
+            let request = Request::from_json(json.as_bytes(), None).unwrap();
+            Submission { request, limits: Limits { per_minute: 1000, per_day: 1000 } }
+        })
+        .collect();
+    let mut newest = 0;
+    for _ in 0..2 {
+        redis.command(&["SCRIPT", "FLUSH"]);
+        redis.command(&["CONFIG", "RESETSTAT"]);
+        let mut ids = Vec::new();
+        for decision in ledger.accept(&batch).await {
+            match decision.unwrap() {
+                Decision::Accepted(accepted) => ids.push(accepted.id),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(ids.len() as u64 == COUNT && ids.is_sorted(), "{ids:?}");
+        // The second time all of them are found again.
+        assert!(newest == 0 || ids.last() == Some(&newest));
+        newest = ids.last().copied().unwrap();
+        let stats = redis.command(&["INFO", "commandstats"]);
+        let calls = |name: &str| {
+            let line = stats.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{name}:calls=")));
+            line.and_then(|line| line.split(',').next()).map_or(0, |calls| calls.parse::<u64>().unwrap())
+        };
+        assert_eq!((calls("eval"), calls("evalsha")), (1, COUNT + COUNT - 1), "{stats}");
+    }
 }
 
 /// Row 21: under load, and for every script. Each was known to Redis before it is made to forget it.

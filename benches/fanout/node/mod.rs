@@ -12,17 +12,19 @@ use std::process::Command;
 use std::time::Duration;
 
 use broadcastd::command::bench::Figures;
-use broadcastd::command::bench::fleet::Order;
+use broadcastd::command::bench::fleet::{Order, Plan};
 use broadcastd::command::bench::herd::Herd;
 use broadcastd::command::bench::server::{Server, Usage};
 use tokio::runtime::Runtime;
 
 use self::ours::Case;
-use self::subject::Subject;
+use self::subject::{Running, Subject};
 
 const DEVICES: usize = 10_000;
 const ROUNDS: u32 = 15;
 const BURST: u32 = 20;
+/// Connections that a node accepts a second, as by default.
+const ACCEPTS: u32 = 5000;
 /// How often a login is measured.
 const TRIALS: usize = 5;
 const INSIDE: &str = "BROADCASTD_BENCH_NAMESPACE";
@@ -226,7 +228,10 @@ fn compare(runtime: &Runtime, devices: usize, only: &[String]) {
             each(online.login.cpu, devices),
         );
     }
-    println!("\nMedians of {ROUNDS} rounds, a round of each server in turn; nothing else differs between servers.");
+    println!(
+        "\nMedians of {ROUNDS} rounds, a round of each server in turn. {BURST} at once are one batch through Redis for broadcastd, a line \
+         on standard input for those in JavaScript, one HTTP call after the other for nchan and Centrifugo."
+    );
     if !absent.is_empty() {
         println!("Not installed, so not measured: {}.", absent.join(", "));
     }
@@ -239,6 +244,7 @@ fn cases(runtime: &Runtime, devices: usize) {
     retained(runtime, devices / 5);
     stalled(runtime, devices);
     cores(runtime, devices);
+    storm(runtime, devices);
     println!();
 }
 
@@ -247,15 +253,16 @@ fn retained(runtime: &Runtime, devices: usize) {
     const GIVEN: u32 = 100;
     const BYTES: usize = 1024;
     let ours = |retained| connect(runtime.block_on(ours::start(Case { retained, ..Case::new(devices) })));
-    let bare = |count| connect(subject::floor(devices, (count, BYTES)));
+    // A welcome each, as from ours: without what is retained it is a second write, too.
+    let bare = |count, bytes| connect(subject::floor(devices, (count, bytes)));
     let cost = |online: Online| u64::try_from(online.login.cpu.as_nanos()).unwrap() / devices as u64;
     // One after the other, several times over: the machine drifts.
     let mut costs: [Vec<u64>; 4] = Default::default();
     for _ in 0..TRIALS {
         costs[0].push(cost(ours(GIVEN)));
         costs[1].push(cost(ours(0)));
-        costs[2].push(cost(bare(GIVEN as usize)));
-        costs[3].push(cost(bare(0)));
+        costs[2].push(cost(bare(GIVEN as usize, BYTES)));
+        costs[3].push(cost(bare(1, 60)));
     }
     let [with, without, bare_with, bare_without] = costs.map(|mut costs| {
         costs.sort_unstable();
@@ -307,17 +314,18 @@ fn stalled(runtime: &Runtime, devices: usize) {
     #[allow(clippy::cast_possible_truncation, reason = "devices")]
     let still = behind(&with) as usize;
     println!(
-        "| {silent} of {devices} do not read: the others' time to the last | {:.0} ms | {:.0} ms without the {silent} | {:.2} |",
+        "| {silent} of {devices} do not read (send buffers of 8 KiB): the others' time to the last | {:.0} ms | {:.0} ms without the {silent} | {:.2} |",
         micros(slow.median_last()) / 1000.0,
         micros(plain.median_last()) / 1000.0,
         ratio(slow.median_last(), plain.median_last())
     );
     println!(
-        "| … memory that {sent} broadcasts add to the node, a device that does not read ({still}, none sent away) | {} KiB | {} KiB \
+        "| … memory that {} broadcasts add to the node, a device that does not read ({still}, none sent away) | {} KiB | {} KiB \
          without them | {} bytes |",
+        sent + ROUNDS,
         grown[0] / 1024,
         grown[1] / 1024,
-        grown[0].saturating_sub(grown[1]) / silent as u64
+        (grown[0] as i64 - grown[1] as i64) / silent as i64
     );
 }
 
@@ -343,16 +351,17 @@ fn cores(runtime: &Runtime, devices: usize) {
         let mut online = connect(runtime.block_on(ours::start(Case { shards, cpus, ..Case::new(devices) })));
         round(&mut online, &mut Figures::default(), 1);
         online.herd.order(Order::Stall(devices)).unwrap();
-        let sweeps = |online: &Online| {
+        // From its acceptance until the last shard is done with it.
+        let took = |online: &Online| {
             let metric = |name| runtime.block_on(online.subject.metric(name));
-            (metric("broadcastd_sweep_seconds_sum"), metric("broadcastd_sweep_seconds_count"))
+            (metric("broadcastd_delivery_seconds_sum"), metric("broadcastd_delivery_seconds_count"))
         };
-        let (sum, count) = sweeps(&online);
+        let (sum, count) = took(&online);
         for _ in 0..ROUNDS {
             (online.subject.send)(1);
             until_idle(&online.subject.server);
         }
-        let after = sweeps(&online);
+        let after = took(&online);
         let (sum, count) = (after.0 - sum, after.1 - count);
         #[allow(clippy::cast_precision_loss, reason = "devices")]
         let deliveries = devices as f64;
@@ -361,4 +370,26 @@ fn cores(runtime: &Runtime, devices: usize) {
     let (one, two) = (rate(1, "0"), rate(2, "0,1"));
     println!("| deliveries a second on two cores, nobody reading | {two:.0} | {one:.0} on one | {:.2} |", two / one);
     let _ = std::fs::write(RECEIVERS, "2");
+}
+
+/// All devices come at once, as after their node was killed, at a node that serves the app already.
+fn storm(runtime: &Runtime, devices: usize) {
+    let subject = runtime.block_on(ours::start(Case { accept_per_second: ACCEPTS, ..Case::new(devices) }));
+    let first = Plan { devices: 1, ..subject.plan.clone() };
+    let first = ours::herd_on(&first);
+    let commands = || match &subject.running {
+        Running::Ours(ours) => ours.commands(),
+        Running::Child(_) => unreachable!("it is our node"),
+    };
+    let (start, before) = (std::time::Instant::now(), commands());
+    let herd = ours::herd_on(&Plan { at_once: devices, ..subject.plan.clone() });
+    let (took, asked) = (start.elapsed(), commands() - before);
+    let slowest = herd.logins.last().copied().unwrap_or(0);
+    println!(
+        "| {devices} devices log in at once, {ACCEPTS} accepted a second: until the last is in | {:.1} s | {asked} commands that Redis \
+         carried out meanwhile (leases, probes) | the slowest login {:.1} s |",
+        took.as_secs_f64(),
+        micros(slowest) / 1e6
+    );
+    drop((first, herd));
 }

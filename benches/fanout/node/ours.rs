@@ -25,6 +25,15 @@ pub struct Ours {
     pub node: Process,
 }
 
+impl Ours {
+    /// How many commands Redis has carried out.
+    pub fn commands(&self) -> u64 {
+        let stats = self.redis.command(&["INFO", "stats"]);
+        let line = stats.lines().find_map(|line| line.strip_prefix("total_commands_processed:"));
+        line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+    }
+}
+
 /// What differs between the cases.
 pub struct Case {
     pub devices: usize,
@@ -35,11 +44,13 @@ pub struct Case {
     pub retained: u32,
     /// Of the node; 0: the system's choice.
     pub send_buffer_bytes: u32,
+    /// Connections that it accepts.
+    pub accept_per_second: u32,
 }
 
 impl Case {
     pub fn new(devices: usize) -> Self {
-        Self { devices, shards: 1, cpus: "0", retained: 0, send_buffer_bytes: 0 }
+        Self { devices, shards: 1, cpus: "0", retained: 0, send_buffer_bytes: 0, accept_per_second: 1_000_000 }
     }
 }
 
@@ -52,7 +63,7 @@ pub async fn start(case: Case) -> Subject {
         .role("node")
         .with("log.level", "warn")
         .with("node.shards", case.shards.to_string())
-        .with("node.accept_per_second", "1000000")
+        .with("node.accept_per_second", case.accept_per_second.to_string())
         .with("node.send_buffer_bytes", case.send_buffer_bytes.to_string())
         // What is measured is not to be mixed with pings.
         .with("node.ping_seconds", "600")

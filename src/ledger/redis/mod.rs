@@ -84,7 +84,7 @@ impl RedisLedger {
     fn accept_command(&self, submission: &Submission, generation: &str, name: (&str, &str)) -> Cmd {
         let request = &submission.request;
         let app = &request.app;
-        let mut command = Cmd::with_capacity(20, 1024);
+        let mut command = Cmd::with_capacity(21, 1024);
         command
             .arg(name.0)
             .arg(name.1)
@@ -115,9 +115,42 @@ impl RedisLedger {
             Ok(live) => live,
             Err(error) => return batch.iter().map(|_| Err(error.clone())).collect(),
         };
-        let (scripts, generation) = (live.scripts.clone(), live.generation.clone());
+        let scripts = live.scripts.clone();
+        let all: Vec<&Submission> = batch.iter().collect();
+        let mut answers = self.accept_by_hash(&mut live, &all).await;
+        failpoint::reached("ledger::before-answer", "");
+        // Pipelines do not reload a script that the server has forgotten: one call brings it whole, and the others follow.
+        let mut unknown = unknown_script(0..batch.len(), &answers);
+        let mut is_other_life = None;
+        if !unknown.is_empty() {
+            is_other_life = self.is_same_life(&mut live).await.err();
+        }
+        while is_other_life.is_none()
+            && let Some((first, rest)) = unknown.split_first()
+        {
+            let whole = self.accept_command(&batch[*first], &live.generation.0, ("EVAL", &scripts.accept.text));
+            answers[*first] = whole.query_async(&mut live.connection).await;
+            let others: Vec<&Submission> = rest.iter().map(|index| &batch[*index]).collect();
+            for (index, answer) in rest.iter().zip(self.accept_by_hash(&mut live, &others).await) {
+                answers[*index] = answer;
+            }
+            unknown = unknown_script(rest.iter().copied(), &answers);
+        }
+        let read = |answer: Result<Value, RedisError>| match (answer, &is_other_life) {
+            (Err(error), Some(other)) if is_unknown_script(&error) => Err(other.clone()),
+            (answer, _) => answer.map_err(|error| self.failed(&error)).and_then(|value| read_decision(&value)),
+        };
+        answers.into_iter().map(read).collect()
+    }
+
+    /// All in one round trip, the script by its hash.
+    async fn accept_by_hash(&self, live: &mut Live, batch: &[&Submission]) -> Vec<Result<Value, RedisError>> {
+        if batch.is_empty() {
+            return Vec::new();
+        }
+        let Live { connection, generation, scripts, .. } = live;
         let by_hash = ("EVALSHA", scripts.accept.sha.as_str());
-        let answers: Vec<Result<Value, RedisError>> = match &mut live.connection {
+        match connection {
             Connection::Single(single) => {
                 let mut pipeline = Pipeline::with_capacity(batch.len());
                 pipeline.ignore_errors();
@@ -137,30 +170,7 @@ impl RedisLedger {
                 });
                 join_all(calls).await
             }
-        };
-        failpoint::reached("ledger::before-answer", "");
-        let mut decisions = Vec::with_capacity(batch.len());
-        let mut is_same = None;
-        for (submission, answer) in batch.iter().zip(answers) {
-            let answer = match answer {
-                // Pipelines do not reload a script that the server has forgotten: send it whole.
-                Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                    if is_same.is_none() {
-                        is_same = Some(self.is_same_life(&mut live).await);
-                    }
-                    if let Some(Err(error)) = &is_same {
-                        decisions.push(Err(error.clone()));
-                        continue;
-                    }
-                    self.accept_command(submission, &generation.0, ("EVAL", &scripts.accept.text))
-                        .query_async(&mut live.connection)
-                        .await
-                }
-                answer => answer,
-            };
-            decisions.push(answer.map_err(|error| self.failed(&error)).and_then(|value| read_decision(&value)));
         }
-        decisions
     }
 
     /// Whether a server that does not know a script has only forgotten it. A cluster's connection reconnects by itself, so it
@@ -200,7 +210,7 @@ impl RedisLedger {
         };
         let first: Result<Value, RedisError> = call("EVALSHA", &source.sha).query_async(&mut live.connection).await;
         let answer = match first {
-            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+            Err(error) if is_unknown_script(&error) => {
                 self.is_same_life(live).await?;
                 call("EVAL", &source.text).query_async(&mut live.connection).await
             }
@@ -271,6 +281,15 @@ struct History {
     envelopes: Vec<Envelope>,
     /// Where the next portion begins; 0: this was the last.
     following: BroadcastId,
+}
+
+fn is_unknown_script(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
+}
+
+/// Those whose answer is that the server does not know the script.
+fn unknown_script(indices: impl Iterator<Item = usize>, answers: &[Result<Value, RedisError>]) -> Vec<usize> {
+    indices.filter(|index| matches!(answers.get(*index), Some(Err(error)) if is_unknown_script(error))).collect()
 }
 
 impl Ledger for RedisLedger {

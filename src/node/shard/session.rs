@@ -127,8 +127,10 @@ impl<S> Session<S> {
 
     /// Begins to be served from `timeline`; returns how many broadcasts come from before now.
     pub fn admit(&mut self, timeline: &mut Timeline, now_ms: u64, resume_ms: u64) -> usize {
-        timeline.join_backlog(self.cursor, now_ms);
         let (reader, pending) = timeline.admit(self.cursor, self.platform, now_ms, resume_ms);
+        if pending > 0 {
+            timeline.join_backlog(reader, now_ms);
+        }
         self.login_head = reader.login_head;
         self.resume_from = reader.resume_from;
         self.state = State::Open;

@@ -288,6 +288,12 @@ proptest! {
         let mut in_steps = Vec::new();
         let mut at = reader;
         for count in read {
+            // In one piece or not, it begins with the same.
+            timeline.join_backlog(at, NOW);
+            if let Some(run) = timeline.run(at, NOW) {
+                let frames = timeline.after(at, NOW).take_while(|entry| entry.id <= at.login_head);
+                prop_assert_eq!(run.bytes(), frames.flat_map(|entry| entry.frame.iter().copied()).collect::<Vec<_>>());
+            }
             let part = ids(timeline.after(at, NOW).take(count));
             at.cursor = part.last().copied().unwrap_or(at.cursor);
             in_steps.extend(part);
@@ -304,15 +310,18 @@ fn what_is_in_one_piece_is_what_is_retained_now() {
     let piece = |timeline: &mut Timeline| {
         let (reader, _) = new_device(timeline, 0);
         let is_kept = timeline.run(reader, NOW).is_some();
-        timeline.join_backlog(0, NOW);
+        timeline.join_backlog(reader, NOW);
         let run = timeline.run(reader, NOW).expect("put together");
         let frames: Vec<u8> = timeline.after(reader, NOW).flat_map(|entry| entry.frame.iter().copied()).collect();
         assert_eq!(run.bytes(), frames);
         assert_eq!(timeline.admit(0, Platform::Web, NOW, 60_000).1, run.len());
         (is_kept, run.len())
     };
-    // Nothing is put together for who has had it all.
-    timeline.join_backlog(3, NOW);
+    // Nothing is put together for who has had it all, or comes back soon.
+    for since in [3, 1] {
+        let (reader, _) = new_device(&timeline, since);
+        timeline.join_backlog(reader, NOW);
+    }
     assert_eq!(piece(&mut timeline), (false, 3));
     assert_eq!(piece(&mut timeline), (true, 3));
     timeline.append(broadcast(4, 3, NOW, 0), NOW);
