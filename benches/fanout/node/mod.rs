@@ -7,8 +7,9 @@ pub mod floor;
 pub mod ours;
 mod subject;
 
+use std::io::{BufRead, BufReader, Lines};
 use std::net::IpAddr;
-use std::process::Command;
+use std::process::{ChildStdout, Command};
 use std::time::Duration;
 
 use broadcastd::command::bench::Figures;
@@ -369,7 +370,34 @@ fn cores(runtime: &Runtime, devices: usize) {
     };
     let (one, two) = (rate(1, "0"), rate(2, "0,1"));
     println!("| deliveries a second on two cores, nobody reading | {two:.0} | {one:.0} on one | {:.2} |", two / one);
+    let (one, two) = (loops(&["0"], devices), loops(&["0", "1"], devices));
+    println!("| … of the bare send loop, a process a core | {two:.0} | {one:.0} on one | {:.2} |", two / one);
     let _ = std::fs::write(RECEIVERS, "2");
+}
+
+/// Deliveries a second of send loops, one on each of these cores, with the devices dealt among them.
+#[allow(clippy::cast_precision_loss, reason = "for reading")]
+fn loops(cpus: &[&str], devices: usize) -> f64 {
+    let mut loops: Vec<(Online, Lines<BufReader<ChildStdout>>)> = cpus
+        .iter()
+        .map(|cpu| {
+            let (subject, output) = subject::floor_on(cpu, devices / cpus.len(), (0, 0));
+            let mut online = connect(subject);
+            online.herd.order(Order::Stall(devices)).unwrap();
+            (online, BufReader::new(output).lines())
+        })
+        .collect();
+    let mut took: Vec<u64> = (0..=ROUNDS)
+        .map(|_| {
+            loops.iter_mut().for_each(|(online, _)| (online.subject.send)(1));
+            // The slower one's.
+            let nanos = loops.iter_mut().map(|(_, output)| output.next().unwrap().unwrap().parse::<u64>().unwrap());
+            nanos.max().unwrap()
+        })
+        .skip(1)
+        .collect();
+    took.sort_unstable();
+    devices as f64 * 1e9 / took[took.len() / 2] as f64
 }
 
 /// All devices come at once, as after their node was killed, at a node that serves the app already.

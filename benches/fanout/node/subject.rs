@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use broadcastd::command::bench::fleet::Plan;
@@ -102,15 +102,25 @@ fn by_lines(name: &str, mut child: Child, plan: Plan) -> Subject {
 
 /// The bare send loop. `greeting`: so many frames of so many bytes for each who connects.
 pub fn floor(devices: usize, greeting: (usize, usize)) -> Subject {
+    floor_on("0", devices, greeting).0
+}
+
+/// The same on another core, with what it prints.
+pub fn floor_on(cpu: &str, devices: usize, greeting: (usize, usize)) -> (Subject, ChildStdout) {
     let port = ports::free();
     let program = std::env::current_exe().unwrap();
     let numbers = [usize::from(port), BYTES, greeting.0, greeting.1].map(|number| number.to_string());
     let mut arguments = vec!["floor-node"];
     arguments.extend(numbers.iter().map(String::as_str));
-    let child = spawn(program.to_str().unwrap(), &arguments, port, |_| {}).expect("the floor starts");
+    let printing = |command: &mut Command| {
+        command.stdout(Stdio::piped());
+    };
+    let mut child = spawn(program.to_str().unwrap(), &arguments, port, printing).expect("the floor starts");
+    super::ours::pin(child.id(), cpu);
+    let output = child.stdout.take().unwrap();
     let mut plan = plain(port, "/ws", devices);
     plan.greetings = u32::try_from(greeting.0).unwrap();
-    by_lines("send loop", child, plan)
+    (by_lines("send loop", child, plan), output)
 }
 
 /// Where `tests/run peers` puts what npm has.

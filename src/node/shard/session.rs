@@ -62,6 +62,9 @@ pub struct Session<S = TcpStream> {
     pub pings: u8,
     /// Whether it waits to be writable.
     pub is_behind: bool,
+    /// Whether the poll tells when it is writable: from the first time on that it had to wait. Events are told once (edges), so
+    /// that this costs nothing while it does not wait.
+    is_watched: bool,
     /// What is to be sent before anything else.
     pub outgoing: Option<Box<Outgoing>>,
     /// What has been received and is not complete.
@@ -110,6 +113,7 @@ impl<S> Session<S> {
             platform: Platform::Web,
             pings: 0,
             is_behind: false,
+            is_watched: false,
             outgoing: None,
             incoming: None,
         }
@@ -196,6 +200,7 @@ impl<S: Write> Session<S> {
                 self.outgoing = None;
                 return Ok(Written::All);
             }
+            let offered: usize = slices[..count].iter().map(|slice| slice.len()).sum();
             let result = match &slices[..count] {
                 [one] => self.socket.write(one),
                 several => self.socket.write_vectored(several),
@@ -207,16 +212,21 @@ impl<S: Write> Session<S> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
+            let is_full = sent < offered;
             sent -= self.sent_waiting(sent, delivered);
             if let Some(run) = run {
                 self.sent_of_run(&run, sent, delivered);
-                continue;
-            }
-            for entry in entries.iter().take(count).flatten() {
-                if sent == 0 {
-                    break;
+            } else {
+                for entry in entries.iter().take(count).flatten() {
+                    if sent == 0 {
+                        break;
+                    }
+                    sent -= self.sent_of(entry, sent, delivered);
                 }
-                sent -= self.sent_of(entry, sent, delivered);
+            }
+            if is_full {
+                // It would take no more: a system call less. The poll tells when it does.
+                return Ok(Written::Some);
             }
         }
     }
@@ -278,7 +288,7 @@ impl<S: Write> Session<S> {
 }
 
 impl Session {
-    /// Watches for the socket to become writable, or no longer; returns whether that changed.
+    /// Notes whether it waits for the socket to become writable; returns whether that changed.
     ///
     /// # Errors
     /// The system refuses.
@@ -286,8 +296,10 @@ impl Session {
         if self.is_behind == is_behind {
             return Ok(false);
         }
-        let interest = if is_behind { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
-        registry.reregister(&mut self.socket, token, interest)?;
+        if is_behind && !self.is_watched {
+            registry.reregister(&mut self.socket, token, Interest::READABLE | Interest::WRITABLE)?;
+            self.is_watched = true;
+        }
         self.is_behind = is_behind;
         Ok(true)
     }
