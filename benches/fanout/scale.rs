@@ -1,6 +1,7 @@
 //! How it scales: a model with a handful of measured constants, checked against 1, 4 and 16 node processes, and then asked
 //! about sizes that no test machine has. docs/SCALE.md explains it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use broadcastd::broadcast::app::AppKey;
@@ -18,18 +19,16 @@ use crate::support::broadcastd::{App, Process};
 use crate::support::redis::Redis;
 use crate::support::stack::Stack;
 
-/// Broadcasts that each point is the mean of.
-const BROADCASTS: u32 = 960;
+/// Samples that each figure is the median of.
+const SAMPLES: usize = 15;
 /// Broadcasts that a busy worker has decided in one round trip.
 const BATCH: u32 = 64;
 /// Devices of each node process where deliveries are timed.
 const DEVICES: usize = 500;
-/// Rounds that a time is the median of.
-const ROUNDS: usize = 15;
 /// Bytes of a broadcast's body.
 const BODY: usize = 125;
-/// Joins that their cost is the mean of.
-const JOINS: u32 = 50;
+/// Joins that a sample is the mean of.
+const JOINS: u32 = 20;
 
 /// A cost that grows with the number of nodes: `once + each × nodes`.
 #[derive(Debug, Clone, Copy)]
@@ -108,7 +107,7 @@ pub fn run(runtime: &Runtime) {
         return;
     }
     println!("## Scale\n");
-    let [one, four, sixteen] = [1, 4, 16].map(|nodes| point(runtime, nodes));
+    let [one, four, sixteen] = points(runtime, [1, 4, 16]);
     let (delivery, envelope, login) = node(runtime);
     let model = Model {
         alone: Line::through(one.alone, four.alone),
@@ -201,49 +200,105 @@ fn unlimited_nodes(runtime: &Runtime, stack: &Stack, nodes: usize) -> Vec<Proces
     runtime.block_on(async { futures_util::future::join_all((0..nodes).map(|_| node())).await })
 }
 
-/// Redis has the first core to itself; nodes and devices share the second one.
-#[allow(clippy::cast_precision_loss, reason = "for reading")]
-fn point(runtime: &Runtime, nodes: usize) -> Point {
-    let redis = Redis::dedicated(&[]);
-    pin(redis.pid(), "0");
-    let app = App::unlimited();
-    let stack = Stack::on("amqp://127.0.0.1:1", &redis.url(), std::slice::from_ref(&app));
-    let processes = unlimited_nodes(runtime, &stack, nodes);
-    processes.iter().for_each(|process| pin(process.pid(), "1"));
-    // One device each, so that they serve the app.
-    let _devices: Vec<Herd> = processes.iter().map(|node| herd_on(&plan(&app, node.public_port(), 1))).collect();
-    let ledger = runtime.block_on(ledger(&redis, &stack));
-    let send = |count| runtime.block_on(accept(&ledger, &app, count, BODY, false));
-    send(20);
-    let (alone, bytes) = of_redis(&redis, &|| send(1), BROADCASTS);
-    let (batch, _) = of_redis(&redis, &|| send(BATCH), BROADCASTS / BATCH);
-
-    let mut herds: Vec<Herd> = processes.iter().map(|node| herd_on(&plan(&app, node.public_port(), DEVICES))).collect();
-    let mut lasts: Vec<u64> = (0..ROUNDS)
-        .map(|_| {
-            herds.iter_mut().for_each(|herd| herd.order(Order::Expect(1)).unwrap());
-            let start = monotonic();
-            send(1);
-            let last = herds.iter_mut().map(|herd| *herd.arrived().unwrap().1.last().unwrap()).max().unwrap();
-            last - start
-        })
-        .collect();
-    lasts.sort_unstable();
-    Point { alone, busy: batch / f64::from(BATCH), bytes, last: lasts[ROUNDS / 2] as f64 / 1e3 }
+/// So many node processes on a Redis of their own, which has the first core to itself; nodes and devices share the second one.
+struct Stand {
+    redis: Redis,
+    app: App,
+    processes: Vec<Process>,
+    ledger: Arc<RedisLedger>,
+    herds: Vec<Herd>,
+    /// What Redis does by itself (probes, renewals): µs and bytes a second.
+    idle: (f64, f64),
+    alone: Vec<f64>,
+    busy: Vec<f64>,
+    bytes: Vec<f64>,
+    lasts: Vec<f64>,
 }
 
-/// Redis' CPU and the bytes it sent for each call of `send`, without what it does by itself (probes, renewals).
-fn of_redis(redis: &Redis, send: &dyn Fn(), calls: u32) -> (f64, f64) {
-    let rest = Duration::from_secs(2);
-    let (cpu_before, bytes_before) = (cpu(redis.pid()), output_bytes(redis));
-    std::thread::sleep(rest);
-    let idle = ((cpu(redis.pid()) - cpu_before) / 2.0, (output_bytes(redis) - bytes_before) / 2.0);
-    let (start, cpu_before, bytes_before) = (Instant::now(), cpu(redis.pid()), output_bytes(redis));
-    (0..calls).for_each(|_| send());
-    let seconds = start.elapsed().as_secs_f64();
-    let used = cpu(redis.pid()) - cpu_before - idle.0 * seconds;
-    let bytes = output_bytes(redis) - bytes_before - idle.1 * seconds;
-    (used / f64::from(calls), bytes / f64::from(calls))
+impl Stand {
+    fn new(runtime: &Runtime, nodes: usize) -> Self {
+        let redis = Redis::dedicated(&[]);
+        pin(redis.pid(), "0");
+        let app = App::unlimited();
+        let stack = Stack::on("amqp://127.0.0.1:1", &redis.url(), std::slice::from_ref(&app));
+        let processes = unlimited_nodes(runtime, &stack, nodes);
+        processes.iter().for_each(|process| pin(process.pid(), "1"));
+        // One device each, so that they serve the app.
+        let herds = processes.iter().map(|node| herd_on(&plan(&app, node.public_port(), 1))).collect();
+        let ledger = runtime.block_on(ledger(&redis, &stack));
+        let (alone, busy, bytes, lasts) = Default::default();
+        Self { redis, app, processes, ledger, herds, idle: (0.0, 0.0), alone, busy, bytes, lasts }
+    }
+
+    /// Redis' CPU in µs and the bytes that it has sent.
+    fn used(&self) -> (f64, f64) {
+        (cpu(self.redis.pid()), output_bytes(&self.redis))
+    }
+
+    fn send(&self, runtime: &Runtime, count: u32) {
+        runtime.block_on(accept(&self.ledger, &self.app, count, BODY, false));
+    }
+
+    /// What Redis uses for each of so many broadcasts, in batches of so many, without what it does by itself.
+    fn sample(&self, runtime: &Runtime, count: u32, batch: u32) -> (f64, f64) {
+        let (start, before) = (Instant::now(), self.used());
+        (0..count / batch).for_each(|_| self.send(runtime, batch));
+        let (seconds, after) = (start.elapsed().as_secs_f64(), self.used());
+        let each = |before: f64, after: f64, idle: f64| (after - before - idle * seconds) / f64::from(count);
+        (each(before.0, after.0, self.idle.0), each(before.1, after.1, self.idle.1))
+    }
+
+    /// Until the last device of all nodes has a broadcast, µs.
+    #[allow(clippy::cast_precision_loss, reason = "for reading")]
+    fn last(&mut self, runtime: &Runtime) -> f64 {
+        self.herds.iter_mut().for_each(|herd| herd.order(Order::Expect(1)).unwrap());
+        let start = monotonic();
+        self.send(runtime, 1);
+        let last = self.herds.iter_mut().map(|herd| *herd.arrived().unwrap().1.last().unwrap()).max().unwrap();
+        (last - start) as f64 / 1e3
+    }
+}
+
+/// Measures with so many node processes each, in turn, many times over: what drifts on the machine drifts for all.
+fn points<const N: usize>(runtime: &Runtime, nodes: [usize; N]) -> [Point; N] {
+    let mut stands = nodes.map(|nodes| Stand::new(runtime, nodes));
+    for stand in &mut stands {
+        stand.send(runtime, BATCH);
+        let before = stand.used();
+        std::thread::sleep(Duration::from_secs(2));
+        let after = stand.used();
+        stand.idle = ((after.0 - before.0) / 2.0, (after.1 - before.1) / 2.0);
+    }
+    for _ in 0..SAMPLES {
+        for stand in &mut stands {
+            let (alone, bytes) = stand.sample(runtime, BATCH, 1);
+            let (busy, _) = stand.sample(runtime, 4 * BATCH, BATCH);
+            stand.alone.push(alone);
+            stand.bytes.push(bytes);
+            stand.busy.push(busy);
+        }
+    }
+    for stand in &mut stands {
+        let plans = stand.processes.iter().map(|node| plan(&stand.app, node.public_port(), DEVICES));
+        stand.herds = plans.map(|plan| herd_on(&plan)).collect();
+    }
+    for _ in 0..SAMPLES {
+        for stand in &mut stands {
+            let last = stand.last(runtime);
+            stand.lasts.push(last);
+        }
+    }
+    stands.map(|stand| Point {
+        alone: median(stand.alone),
+        busy: median(stand.busy),
+        bytes: median(stand.bytes),
+        last: median(stand.lasts),
+    })
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// A node's CPU, alone on the first core: a delivery, a broadcast with nearly nobody online, a login.
@@ -252,11 +307,11 @@ fn node(runtime: &Runtime) -> (f64, f64, f64) {
     let devices = 5000;
     let mut online = connect(runtime.block_on(ours::start(Case::new(devices))));
     let mut figures = Figures::default();
-    (0..ROUNDS).for_each(|_| round(&mut online, &mut figures, 1));
+    (0..SAMPLES).for_each(|_| round(&mut online, &mut figures, 1));
     let (delivery, login) = (figures.median_cpu().unwrap() as f64 / 1e3, micros(online.login.cpu) / devices as f64);
     let mut few = connect(runtime.block_on(ours::start(Case::new(1))));
     let mut figures = Figures::default();
-    (0..BROADCASTS).for_each(|_| round(&mut few, &mut figures, 1));
+    (0..20 * SAMPLES).for_each(|_| round(&mut few, &mut figures, 1));
     (delivery, figures.median_cpu().unwrap() as f64 / 1e3, login)
 }
 
@@ -276,8 +331,12 @@ fn join(runtime: &Runtime) -> f64 {
             ledger.leave(&key, &name).await.unwrap();
         });
     };
-    join(&ledger);
-    of_redis(&redis, &|| join(&ledger), JOINS).0
+    let cost = || {
+        let before = cpu(redis.pid());
+        (0..JOINS).for_each(|_| join(&ledger));
+        (cpu(redis.pid()) - before) / f64::from(JOINS)
+    };
+    median((0..SAMPLES).map(|_| cost()).collect())
 }
 
 fn output_bytes(redis: &Redis) -> f64 {

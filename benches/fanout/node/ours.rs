@@ -70,6 +70,7 @@ pub async fn start(case: Case) -> Subject {
         .start()
         .await;
     pin(node.pid(), case.cpus);
+    pin_shards(node.pid(), case.cpus);
     let ledger = ledger(&redis, &stack).await;
     for _ in 0..case.retained {
         accept(&ledger, &app, 1, 1024 - 96, true).await;
@@ -98,6 +99,23 @@ pub fn pin(pid: u32, cpus: &str) {
         .stdout(std::process::Stdio::null())
         .status();
     assert!(status.is_ok_and(|status| status.success()), "process {pid} cannot be put on core {cpus}");
+}
+
+/// Gives each shard a core of its own: `cpus` are as many.
+fn pin_shards(pid: u32, cpus: &str) {
+    for (shard, cpu) in cpus.split(',').enumerate() {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|task| task.unwrap().path());
+        let is_shard = |task: &std::path::PathBuf| {
+            std::fs::read_to_string(task.join("comm")).unwrap().trim() == format!("shard-{shard}")
+        };
+        let thread = threads.into_iter().find(is_shard).expect("a thread of this name");
+        let id = thread.file_name().unwrap().to_str().unwrap();
+        let status = std::process::Command::new("taskset")
+            .args(["-p", "-c", cpu, id])
+            .stdout(std::process::Stdio::null())
+            .status();
+        assert!(status.is_ok_and(|status| status.success()), "shard {shard} cannot be put on core {cpu}");
+    }
 }
 
 pub async fn ledger(redis: &Redis, stack: &Stack) -> Arc<RedisLedger> {
