@@ -202,11 +202,12 @@ fn unlimited_nodes(runtime: &Runtime, stack: &Stack, nodes: usize) -> Vec<Proces
 
 /// So many node processes on a Redis of their own, which has the first core to itself; nodes and devices share the second one.
 struct Stand {
+    /// Before the nodes, which they would miss.
+    herds: Vec<Herd>,
     redis: Redis,
     app: App,
     processes: Vec<Process>,
     ledger: Arc<RedisLedger>,
-    herds: Vec<Herd>,
     /// What Redis does by itself (probes, renewals): µs and bytes a second.
     idle: (f64, f64),
     alone: Vec<f64>,

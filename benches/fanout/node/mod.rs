@@ -108,8 +108,9 @@ fn pin_self() {
 
 /// A subject with its devices online.
 pub struct Online {
-    pub subject: Subject,
+    /// Before the server, which they would miss.
     pub herd: Herd,
+    pub subject: Subject,
     pub login: Usage,
 }
 
