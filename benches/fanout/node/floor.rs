@@ -77,7 +77,12 @@ pub fn run(arguments: &[String]) {
                     while *left > 0
                         && let Ok(sent) = socket.write(&greeting[greeting.len() - *left..])
                     {
+                        let is_full = sent < *left;
                         *left -= sent;
+                        if is_full {
+                            // It would take no more now.
+                            break;
+                        }
                     }
                 }
             }

@@ -121,23 +121,29 @@ impl RedisLedger {
         failpoint::reached("ledger::before-answer", "");
         // Pipelines do not reload a script that the server has forgotten: one call brings it whole, and the others follow.
         let mut unknown = unknown_script(0..batch.len(), &answers);
-        let mut is_other_life = None;
-        if !unknown.is_empty() {
-            is_other_life = self.is_same_life(&mut live).await.err();
-        }
-        while is_other_life.is_none()
-            && let Some((first, rest)) = unknown.split_first()
-        {
+        let mut hindrance = None;
+        while let Some((first, rest)) = unknown.split_first() {
+            // Each time: in a cluster the next one may be another master, and have been replaced just now.
+            if let Err(error) = self.is_same_life(&mut live).await {
+                hindrance = Some(error);
+                break;
+            }
             let whole = self.accept_command(&batch[*first], &live.generation.0, ("EVAL", &scripts.accept.text));
-            answers[*first] = whole.query_async(&mut live.connection).await;
+            let answer: Result<Value, RedisError> = whole.query_async(&mut live.connection).await;
+            // What lies in that app's own keys is no hindrance to others.
+            hindrance = answer.as_ref().err().map(|error| self.failed(error)).filter(LedgerError::is_retryable);
+            answers[*first] = answer;
+            if hindrance.is_some() {
+                break;
+            }
             let others: Vec<&Submission> = rest.iter().map(|index| &batch[*index]).collect();
             for (index, answer) in rest.iter().zip(self.accept_by_hash(&mut live, &others).await) {
                 answers[*index] = answer;
             }
             unknown = unknown_script(rest.iter().copied(), &answers);
         }
-        let read = |answer: Result<Value, RedisError>| match (answer, &is_other_life) {
-            (Err(error), Some(other)) if is_unknown_script(&error) => Err(other.clone()),
+        let read = |answer: Result<Value, RedisError>| match (answer, &hindrance) {
+            (Err(error), Some(hindrance)) if is_unknown_script(&error) => Err(hindrance.clone()),
             (answer, _) => answer.map_err(|error| self.failed(&error)).and_then(|value| read_decision(&value)),
         };
         answers.into_iter().map(read).collect()

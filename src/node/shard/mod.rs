@@ -231,9 +231,10 @@ impl Shard {
         self.sessions.get_mut(key(token)).filter(|session| self::token(key(token), session.generation) == token)
     }
 
-    /// The socket is writable: sends what it has not had.
+    /// The socket is writable: sends what it has not had. Who does not wait for that is told of it all the same once it has waited
+    /// (see [`Session::watch`]), and whenever its side is shut: shutting it again would make an event of it again, and so on.
     fn write(&mut self, token: Token) {
-        if let Some(session) = self.session(token) {
+        if let Some(session) = self.session(token).filter(|session| session.is_behind) {
             // A device that takes bytes is alive, though its pong may be queued behind them.
             session.pings = 0;
             self.flush(token);

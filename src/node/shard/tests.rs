@@ -62,6 +62,39 @@ fn an_event_for_an_earlier_connection_in_the_same_place_does_nothing() {
     assert!(shard.session(new).is_some() && shard.session(old).is_none());
 }
 
+/// One turn of the poll; how many events it had for sessions.
+fn turn(shard: &mut Shard) -> usize {
+    let mut events = Events::with_capacity(16);
+    shard.poll.poll(&mut events, Some(Duration::from_millis(50))).unwrap();
+    let of_sessions: Vec<_> = events.iter().filter(|event| event.token() != BELL && event.token() != DOOR).collect();
+    of_sessions.iter().for_each(|event| shard.handle(event));
+    of_sessions.len()
+}
+
+#[test]
+fn who_was_behind_and_is_closed_leaves_the_poll_quiet() {
+    use std::io::Read;
+
+    let mut shard = shard();
+    let (mut theirs, token) = device(&mut shard);
+    theirs.set_nonblocking(true).unwrap();
+    let session = shard.session(token).unwrap();
+    session.state = State::Waiting;
+    session.push(&vec![0; 16 << 20]);
+    shard.flush(token);
+    let is_behind = |shard: &mut Shard| shard.session(token).unwrap().is_behind;
+    assert!(is_behind(&mut shard));
+    let mut buffer = vec![0; 1 << 20];
+    while is_behind(&mut shard) {
+        while theirs.read(&mut buffer).is_ok() {}
+        turn(&mut shard);
+    }
+    // The other side does not close: this one waits for that, and for nothing else.
+    shard.finish(token, &crate::node::codec::close(1000, ""), "closed");
+    assert_eq!(shard.session(token).unwrap().state, State::Closing);
+    assert!((0..20).any(|_| turn(&mut shard) == 0), "it is told again and again that it may write");
+}
+
 #[tokio::test]
 async fn nobody_who_keeps_up_is_left_behind_however_much_comes_at_once() {
     let settings = NodeSettings { recent_frames: 16, ..NodeSettings::for_tests() };

@@ -22,6 +22,18 @@ impl Device {
         Self { socket }
     }
 
+    /// Connects with a receive buffer that does not grow, and logs in to `demo`.
+    pub async fn online_with_small_buffer(port: u16) -> Self {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(64 * 1024).unwrap();
+        let stream = MaybeTlsStream::Plain(socket.connect(([127, 0, 0, 1], port).into()).await.unwrap());
+        let (socket, _) = tokio_tungstenite::client_async(format!("ws://127.0.0.1:{port}/ws"), stream).await.unwrap();
+        let mut device = Self { socket };
+        device.log_in("demo", "web", 0).await;
+        assert_eq!(device.next().await["type"], "welcome");
+        device
+    }
+
     /// Connects and logs in to `demo`; returns the welcome too.
     pub async fn online(port: u16, platform: &str, since: BroadcastId) -> (Self, serde_json::Value) {
         let mut device = Self::connect(port).await;

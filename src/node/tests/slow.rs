@@ -11,7 +11,7 @@ fn long() -> &'static str {
 #[tokio::test]
 async fn a_device_that_does_not_read_delays_nobody_and_misses_nothing() {
     let node = start(|settings| settings.send_buffer_bytes = 8192);
-    let (mut slow, _) = Device::online(node.port, "web", 0).await;
+    let mut slow = Device::online_with_small_buffer(node.port).await;
     let (mut fast, _) = Device::online(node.port, "web", 0).await;
     let body = long();
     // Twice: the second time the poll watches it already.
