@@ -67,7 +67,7 @@ impl<'a> Outbox<'a> {
         replies: &'a Replies,
     ) -> Result<Self, SessionError> {
         let connection = connect(settings, "broadcastd worker: dead letters").await.map_err(SessionError::Connect)?;
-        replies.prepare().await;
+        replies.renew().await;
         let dead_letters = Mutex::new(DeadLetters {
             publisher: Publisher::open(&connection).await?,
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),

@@ -1,5 +1,5 @@
-//! Replies, on connections of their own that last as long as the worker runs: whatever one sender's `reply_to` does to such a
-//! connection costs the replies on it. The requests that are held, and the acknowledgements, know nothing of it.
+//! Replies, on connections of their own: whatever one sender's `reply_to` does to such a connection costs the replies on it. The
+//! requests that are held, and the acknowledgements, know nothing of it. A new session has new ones.
 //!
 //! Those by direct reply-to do not share one with the others. Brokers of 3.10 end the connection that publishes to a name whose
 //! node they do not know, and the name is the sender's to write. A node is known once a reply to a name of it was confirmed; until
@@ -86,8 +86,12 @@ impl Replies {
         }
     }
 
-    /// Opens the connection that most workers need, so that no reply has to wait for it.
-    pub(super) async fn prepare(&self) {
+    /// At the start of a session: new connections. What ended the session before may have swallowed these, too, and each would
+    /// find out by itself only at its next heartbeat. The one that most workers need is opened, so that no reply waits for it.
+    pub(super) async fn renew(&self) {
+        for lane in [&self.to_queues, &self.to_known, &self.to_others] {
+            lane.forget().await;
+        }
         // What went wrong is logged, and the next reply tries again.
         let _ = self.to_queues.line().await;
     }
@@ -172,6 +176,14 @@ impl Lane {
 
     fn blocked(&self) -> bool {
         self.usable().is_some_and(|line| line.connection.status().blocked())
+    }
+
+    /// The next reply opens a line at once. Nothing of a session that ended is on this one any more.
+    async fn forget(&self) {
+        // Nobody has this for long: who did went with the session.
+        let mut opening = self.opening.lock().await;
+        *self.current() = None;
+        opening.succeeded();
     }
 
     async fn line(self: &Arc<Self>) -> Result<Arc<Line>, Lost> {

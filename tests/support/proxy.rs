@@ -15,6 +15,8 @@ pub enum Weather {
     Fair,
     /// Takes connections and bytes, and passes nothing on: no RST, no FIN. What was taken is passed on when it clears up.
     BlackHole,
+    /// The same for one connection, by its number in the order of arrival, from 0; everything else passes.
+    BlackHoleOf(usize),
     /// Passes on what clients send; what servers answer is swallowed until it clears up.
     AnswersLost,
     /// Closes every connection with a reset, and each new one too.
@@ -65,14 +67,14 @@ impl Proxy {
 async fn accept(listener: TcpListener, port: u16, weather: watch::Receiver<Weather>) {
     // Dropped with the proxy, and with it every connection.
     let mut connections = tokio::task::JoinSet::new();
-    loop {
+    for number in 0.. {
         let (client, _) = listener.accept().await.unwrap();
-        connections.spawn(connection(client, port, weather.clone()));
+        connections.spawn(connection(client, number, port, weather.clone()));
         while connections.try_join_next().is_some() {}
     }
 }
 
-async fn connection(client: TcpStream, port: u16, weather: watch::Receiver<Weather>) {
+async fn connection(client: TcpStream, number: usize, port: u16, weather: watch::Receiver<Weather>) {
     let mut changes = weather.clone();
     // With this, dropping a socket resets it.
     let reset_on_drop = |stream: &TcpStream| {
@@ -90,8 +92,8 @@ async fn connection(client: TcpStream, port: u16, weather: watch::Receiver<Weath
     let cut = changes.wait_for(|weather| *weather == Weather::Cut);
     tokio::select! {
         _ = cut => {}
-        () = pass(client_in, server_out, Way::ToServer, weather.clone()) => {}
-        () = pass(server_in, client_out, Way::ToClient, weather) => {}
+        () = pass(client_in, server_out, Way::ToServer, number, weather.clone()) => {}
+        () = pass(server_in, client_out, Way::ToClient, number, weather) => {}
     }
 }
 
@@ -102,7 +104,13 @@ enum Way {
 }
 
 /// Until one side ends.
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, way: Way, mut weather: watch::Receiver<Weather>) {
+async fn pass(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    way: Way,
+    number: usize,
+    mut weather: watch::Receiver<Weather>,
+) {
     let mut bytes = vec![0; 16 * 1024];
     loop {
         let Ok(count) = from.read(&mut bytes).await else { return };
@@ -115,6 +123,7 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, way: Way, mut wea
             let piece = match now {
                 // Cut: what was held back must not slip through before the connection is gone.
                 Weather::BlackHole | Weather::Cut => 0,
+                Weather::BlackHoleOf(swallowed) if number == swallowed => 0,
                 Weather::AnswersLost if way == Way::ToClient => 0,
                 Weather::Slice(size) => size.min(rest.len()),
                 _ => rest.len(),
