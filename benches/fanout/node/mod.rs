@@ -26,13 +26,11 @@ const ROUNDS: u32 = 15;
 const BURST: u32 = 20;
 /// Connections that a node accepts a second, as by default.
 const ACCEPTS: u32 = 5000;
-/// How often a login is measured.
-const TRIALS: usize = 5;
 const INSIDE: &str = "BROADCASTD_BENCH_NAMESPACE";
 /// The cores, as bits, that work off what the loopback device receives.
 const RECEIVERS: &str = "/sys/class/net/lo/queues/rx-0/rps_cpus";
 
-/// `peers [DEVICES [SERVER…]]`: only the comparison; `cases [DEVICES]`: only our own cases; nothing: both.
+/// `peers [DEVICES [SERVER…]]`: only the comparison; `cases [DEVICES [CASE…]]`: only our own cases; nothing: both.
 pub fn run(runtime: &Runtime, arguments: &[String]) {
     if !enter("node", arguments) {
         return;
@@ -44,7 +42,7 @@ pub fn run(runtime: &Runtime, arguments: &[String]) {
         compare(runtime, devices, arguments.get(2..).unwrap_or_default());
     }
     if which != "peers" {
-        cases(runtime, devices);
+        cases(runtime, devices, arguments.get(2..).unwrap_or_default());
     }
 }
 
@@ -240,37 +238,48 @@ fn compare(runtime: &Runtime, devices: usize, only: &[String]) {
     println!();
 }
 
-/// What only our node has to show.
-fn cases(runtime: &Runtime, devices: usize) {
+/// What only our node has to show. `only`: the cases, all of them if empty.
+fn cases(runtime: &Runtime, devices: usize, only: &[String]) {
     println!("| case | broadcastd | beside it | ratio |\n|---|---|---|---|");
-    retained(runtime, devices / 5);
-    stalled(runtime, devices);
-    cores(runtime, devices);
-    storm(runtime, devices);
+    for (name, case) in
+        [("retained", retained as fn(&Runtime, usize)), ("stalled", stalled), ("cores", cores), ("storm", storm)]
+    {
+        if only.is_empty() || only.iter().any(|only| only == name) {
+            case(runtime, devices);
+        }
+    }
     println!();
 }
 
-/// A login that is given 100 broadcasts of 1 KiB: against the kernel's cost of sending those bytes.
+/// A login that is given 100 broadcasts of 1 KiB: against the kernel's cost of sending those bytes. Both are what a login costs
+/// above one without. A tenth of the devices come to each server in turn, and leave: the machine drifts.
 fn retained(runtime: &Runtime, devices: usize) {
     const GIVEN: u32 = 100;
     const BYTES: usize = 1024;
-    let ours = |retained| connect(runtime.block_on(ours::start(Case { retained, ..Case::new(devices) })));
+    let devices = devices / 10;
+    let ours = |retained| runtime.block_on(ours::start(Case { retained, ..Case::new(devices) }));
     // A welcome each, as from ours: without what is retained it is a second write, too.
-    let bare = |count, bytes| connect(subject::floor(devices, (count, bytes)));
-    let cost = |online: Online| u64::try_from(online.login.cpu.as_nanos()).unwrap() / devices as u64;
-    // One after the other, several times over: the machine drifts.
+    let bare = |count, bytes| subject::floor(devices, (count, bytes));
+    let subjects = [ours(GIVEN), ours(0), bare(GIVEN as usize, BYTES), bare(1, 60)];
     let mut costs: [Vec<u64>; 4] = Default::default();
-    for _ in 0..TRIALS {
-        costs[0].push(cost(ours(GIVEN)));
-        costs[1].push(cost(ours(0)));
-        costs[2].push(cost(bare(GIVEN as usize, BYTES)));
-        costs[3].push(cost(bare(1, 60)));
+    // The first turn warms up.
+    for turn in 0..=ROUNDS {
+        for (subject, costs) in subjects.iter().zip(&mut costs) {
+            let before = settled(&subject.server);
+            let herd = ours::herd_on(&subject.plan);
+            let spent = settled(&subject.server).cpu.saturating_sub(before.cpu);
+            drop(herd);
+            if turn > 0 {
+                costs.push(u64::try_from(spent.as_nanos()).unwrap() / devices as u64);
+            }
+        }
     }
-    let [with, without, bare_with, bare_without] = costs.map(|mut costs| {
-        costs.sort_unstable();
-        costs[costs.len() / 2]
-    });
-    let (mine, kernel) = (with.saturating_sub(without), bare_with.saturating_sub(bare_without));
+    let above = |with: usize, without: usize| {
+        let differences = costs[with].iter().zip(&costs[without]).map(|(with, without)| with.saturating_sub(*without));
+        median(differences.collect())
+    };
+    let (mine, kernel) = (above(0, 1), above(2, 3));
+    let [with, without, bare_with, bare_without] = costs.clone().map(median);
     println!(
         "| login with {GIVEN} retained of 1 KiB: CPU above one without ({:.0} and {:.0} µs) | {:.0} µs | {:.0} µs to send as many \
          bytes ({:.0} and {:.0} µs) | {:.2} |",
@@ -282,6 +291,11 @@ fn retained(runtime: &Runtime, devices: usize) {
         micros(bare_without),
         ratio(mine, kernel)
     );
+}
+
+fn median(mut values: Vec<u64>) -> u64 {
+    values.sort_unstable();
+    values[values.len() / 2]
 }
 
 /// A tenth of the devices stops reading: beside a node that has the others only.
@@ -346,59 +360,63 @@ fn until_idle(server: &Server) {
 }
 
 /// One core and two, while nobody reads: the devices' side would need cores of its own. What the kernel does to receive is
-/// done on the core that sends, on two cores as on one.
+/// done on the core that sends, on two cores as on one. All of them are online at once, and take turns: what the machine gives
+/// to two cores drifts, and the send loops' share of it says how much it is.
 fn cores(runtime: &Runtime, devices: usize) {
+    const TURNS: u32 = 2 * ROUNDS;
     let _ = std::fs::write(RECEIVERS, "0");
-    let rate = |shards: usize, cpus: &'static str| {
-        let mut online = connect(runtime.block_on(ours::start(Case { shards, cpus, ..Case::new(devices) })));
+    let node = |shards: usize, cpus: &'static str, source: u8| {
+        let mut subject = runtime.block_on(ours::start(Case { shards, cpus, ..Case::new(devices) }));
+        subject.plan.sources = vec![IpAddr::from([127, 0, 1, source])];
+        let mut online = connect(subject);
         round(&mut online, &mut Figures::default(), 1);
         online.herd.order(Order::Stall(devices)).unwrap();
-        // From its acceptance until the last shard is done with it.
-        let took = |online: &Online| {
-            let metric = |name| runtime.block_on(online.subject.metric(name));
-            (metric("broadcastd_delivery_seconds_sum"), metric("broadcastd_delivery_seconds_count"))
-        };
-        let (sum, count) = took(&online);
-        for _ in 0..ROUNDS {
-            (online.subject.send)(1);
-            until_idle(&online.subject.server);
-        }
-        let after = took(&online);
-        let (sum, count) = (after.0 - sum, after.1 - count);
-        #[allow(clippy::cast_precision_loss, reason = "devices")]
-        let deliveries = devices as f64;
-        deliveries / (sum / count)
+        online
     };
-    let (one, two) = (rate(1, "0"), rate(2, "0,1"));
+    let mut nodes = [node(1, "0", 1), node(2, "0,1", 2)];
+    let mut loops = [loops(&["0"], devices, 3), loops(&["0", "1"], devices, 4)];
+    let mut took: [Vec<u64>; 4] = Default::default();
+    for _ in 0..TURNS {
+        for (index, online) in nodes.iter_mut().enumerate() {
+            // From its acceptance until the last shard is done with it.
+            let subject = &mut online.subject;
+            let seconds = |subject: &Subject| runtime.block_on(subject.metric("broadcastd_delivery_seconds_sum"));
+            let before = seconds(subject);
+            (subject.send)(1);
+            until_idle(&subject.server);
+            let spent = Duration::from_secs_f64(seconds(subject) - before);
+            took[index].push(u64::try_from(spent.as_nanos()).unwrap());
+        }
+        for (index, lanes) in loops.iter_mut().enumerate() {
+            lanes.iter_mut().for_each(|(online, _)| (online.subject.send)(1));
+            // The slower one's.
+            let nanos = lanes.iter_mut().map(|(_, output)| output.next().unwrap().unwrap().parse::<u64>().unwrap());
+            took[2 + index].push(nanos.max().unwrap());
+        }
+    }
+    #[allow(clippy::cast_precision_loss, reason = "for reading")]
+    let [one, two, one_loop, two_loops] = took.map(|nanos| devices as f64 * 1e9 / median(nanos) as f64);
     println!("| deliveries a second on two cores, nobody reading | {two:.0} | {one:.0} on one | {:.2} |", two / one);
-    let (one, two) = (loops(&["0"], devices), loops(&["0", "1"], devices));
-    println!("| … of the bare send loop, a process a core | {two:.0} | {one:.0} on one | {:.2} |", two / one);
+    println!(
+        "| … of the bare send loop, a process a core, in turn | {two_loops:.0} | {one_loop:.0} on one | {:.2} |",
+        two_loops / one_loop
+    );
     let _ = std::fs::write(RECEIVERS, "2");
 }
 
-/// Deliveries a second of send loops, one on each of these cores, with the devices dealt among them.
-#[allow(clippy::cast_precision_loss, reason = "for reading")]
-fn loops(cpus: &[&str], devices: usize) -> f64 {
-    let mut loops: Vec<(Online, Lines<BufReader<ChildStdout>>)> = cpus
-        .iter()
-        .map(|cpu| {
-            let (subject, output) = subject::floor_on(cpu, devices / cpus.len(), (0, 0));
-            let mut online = connect(subject);
-            online.herd.order(Order::Stall(devices)).unwrap();
-            (online, BufReader::new(output).lines())
-        })
-        .collect();
-    let mut took: Vec<u64> = (0..=ROUNDS)
-        .map(|_| {
-            loops.iter_mut().for_each(|(online, _)| (online.subject.send)(1));
-            // The slower one's.
-            let nanos = loops.iter_mut().map(|(_, output)| output.next().unwrap().unwrap().parse::<u64>().unwrap());
-            nanos.max().unwrap()
-        })
-        .skip(1)
-        .collect();
-    took.sort_unstable();
-    devices as f64 * 1e9 / took[took.len() / 2] as f64
+/// A send loop with its devices, and what it prints.
+type Loop = (Online, Lines<BufReader<ChildStdout>>);
+
+/// Send loops, one on each of these cores, with the devices dealt among them; none of those reads.
+fn loops(cpus: &[&str], devices: usize, source: u8) -> Vec<Loop> {
+    let start = |cpu: &&str| {
+        let (mut subject, output) = subject::floor_on(cpu, devices / cpus.len(), (0, 0));
+        subject.plan.sources = vec![IpAddr::from([127, 0, 1, source])];
+        let mut online = connect(subject);
+        online.herd.order(Order::Stall(devices)).unwrap();
+        (online, BufReader::new(output).lines())
+    };
+    cpus.iter().map(start).collect()
 }
 
 /// All devices come at once, as after their node was killed, at a node that serves the app already.

@@ -332,8 +332,10 @@ impl Fleet {
         socket.set_nonblocking(true)?;
         let source = match self.plan.sources.as_slice() {
             [] if self.plan.address.ip() == IpAddr::V4(Ipv4Addr::LOCALHOST) => {
+                // The first ones need not be bound: the system looks for a port long where many were left a moment ago.
                 let block = (self.plan.first + number) / PORTS_AN_ADDRESS;
-                Some(IpAddr::V4(Ipv4Addr::new(127, 0, 0, u8::try_from(1 + block).unwrap_or(u8::MAX))))
+                let address = || IpAddr::V4(Ipv4Addr::new(127, 0, 0, u8::try_from(1 + block).unwrap_or(u8::MAX)));
+                (block > 0).then(address)
             }
             [] => None,
             sources => Some(sources[number % sources.len()]),
