@@ -276,7 +276,7 @@ fn survive_the_file_size_limit() -> anyhow::Result<()> {
 /// seconds apart. The system caps it (`net.core.somaxconn`, usually 4096).
 const BACKLOG: i32 = 65_535;
 
-/// Descriptors that are not for devices: listeners, Redis, files.
+/// Descriptors that are not for devices: listeners, Redis, files, and what is retained (128 at most, `node/pages.rs`).
 const RESERVED_DESCRIPTORS: u64 = 256;
 
 /// Descriptors of HTTP connections, where devices share a port with them: served, being refused, waiting to be taken over. The node

@@ -21,6 +21,7 @@ use crate::worker::intake;
 pub use crate::node::entry::Entry;
 pub use crate::node::http::{Head, MAX_HEAD, read_head};
 pub use crate::node::login::{Apps, Login};
+pub use crate::node::pages::WriteSpan;
 pub use crate::node::presence::app::{App, Change, Update};
 pub use crate::node::shard::session::{Session, State, Written};
 pub use crate::node::shard::sweep::{Batch, Next, offer};

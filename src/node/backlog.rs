@@ -1,9 +1,10 @@
-//! What an app retains, in one piece: a device that logs in is given all of it after its cursor, so that one buffer serves
-//! every login. Pure.
+//! What an app retains, in one piece: a device that logs in is given all of it after its cursor, so that the same pages serve
+//! every login. Pure, but for those.
 
 use std::sync::Arc;
 
 use super::entry::Entry;
+use super::pages::{Pages, Span};
 use crate::broadcast::BroadcastId;
 use crate::broadcast::platform::{Platform, Platforms};
 
@@ -14,9 +15,11 @@ const MAX_BYTES: usize = 256 * 1024;
 #[derive(Debug, Clone)]
 pub struct Backlog {
     entries: Vec<Arc<Entry>>,
-    /// Where each entry's frame ends in `bytes`; shorter than `entries` if that would be more than [`MAX_BYTES`].
+    /// Their ids, side by side: a search need not go to each entry.
+    ids: Vec<BroadcastId>,
+    /// Where each entry's frame ends in `frames`; shorter than `entries` if that would be more than [`MAX_BYTES`].
     ends: Vec<usize>,
-    bytes: Vec<u8>,
+    frames: Arc<Pages>,
     /// The platforms that all of them are for.
     targets: Platforms,
     /// When the first of them expires.
@@ -29,7 +32,7 @@ pub struct Run<'a> {
     entries: &'a [Arc<Entry>],
     ends: &'a [usize],
     start: usize,
-    bytes: &'a [u8],
+    span: Span<'a>,
 }
 
 impl Backlog {
@@ -48,7 +51,8 @@ impl Backlog {
         }
         let targets = entries.iter().fold(Platforms::ALL, |all, entry| all.and(entry.targets));
         let expires_ms = entries.iter().map(|entry| entry.expires_ms).min().unwrap_or(u64::MAX);
-        Self { entries, ends, bytes, targets, expires_ms }
+        let ids = entries.iter().map(|entry| entry.id).collect();
+        Self { entries, ids, ends, frames: Arc::new(Pages::new(bytes)), targets, expires_ms }
     }
 
     /// Whether something in it must no longer be delivered.
@@ -69,15 +73,15 @@ impl Backlog {
         if self.ends.len() != self.entries.len() || self.has_expired(now_ms) || !self.targets.contains(platform) {
             return None;
         }
-        let from = self.entries.partition_point(|entry| entry.id <= cursor);
-        let to = self.entries.partition_point(|entry| entry.id <= login_head).max(from);
+        let from = self.ids.partition_point(|id| *id <= cursor);
+        let to = self.ids.partition_point(|id| *id <= login_head).max(from);
         let end = |count: usize| count.checked_sub(1).and_then(|last| self.ends.get(last)).copied().unwrap_or(0);
         let start = end(from);
         Some(Run {
             entries: self.entries.get(from..to)?,
             ends: self.ends.get(from..to)?,
             start,
-            bytes: self.bytes.get(start..end(to))?,
+            span: self.frames.span(start, end(to))?,
         })
     }
 }
@@ -97,8 +101,8 @@ impl<'a> Run<'a> {
 
     /// Their frames, one after the other.
     #[must_use]
-    pub const fn bytes(&self) -> &'a [u8] {
-        self.bytes
+    pub const fn span(&self) -> Span<'a> {
+        self.span
     }
 
     /// Those that are whole in the first `sent` bytes, the others, and how many bytes of the first of these went out.
@@ -136,7 +140,10 @@ mod tests {
             let run = backlog.run(cursor, head, Platform::Web, 50).unwrap();
             let frames: Vec<u8> = run.entries.iter().flat_map(|entry| entry.frame.iter().copied()).collect();
             assert_eq!(run.entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), expected);
-            assert_eq!((run.bytes(), run.len(), run.is_empty()), (&*frames, expected.len(), expected.is_empty()));
+            assert_eq!(
+                (&*run.span().bytes().unwrap(), run.len(), run.is_empty()),
+                (&*frames, expected.len(), expected.is_empty())
+            );
         }
     }
 
@@ -144,7 +151,7 @@ mod tests {
     fn what_was_sent_is_known_wherever_it_is_cut() {
         let backlog = backlog(&[10, 20, 30, 40]);
         let run = backlog.run(10, 40, Platform::Web, 50).unwrap();
-        for sent in 0..=run.bytes().len() {
+        for sent in 0..=run.span().len() {
             let (whole, rest, part) = run.split(sent);
             let size: usize = whole.iter().map(|entry| entry.frame.len()).sum();
             assert_eq!(size + part, sent);

@@ -28,6 +28,7 @@ mod door;
 pub(crate) mod entry;
 pub(crate) mod http;
 pub(crate) mod login;
+pub(crate) mod pages;
 pub(crate) mod presence;
 mod settings;
 pub(crate) mod shard;

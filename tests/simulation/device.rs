@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use broadcastd::broadcast::BroadcastId;
 use broadcastd::broadcast::platform::Platform;
+use broadcastd::fuzzing::WriteSpan;
 use fastrand::Rng;
 
 use super::node::Begun;
@@ -30,6 +31,9 @@ impl Stream {
         Self(Rc::new(RefCell::new(Pipe { bytes: VecDeque::new(), capacity, now: 0, random })))
     }
 }
+
+/// It takes copies, whatever the pages are.
+impl WriteSpan for Stream {}
 
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -1,6 +1,6 @@
 //! One connection: a cursor, not a queue.
 
-use std::io::{self, IoSlice, Write};
+use std::io::{self, IoSlice};
 use std::sync::Arc;
 
 use mio::net::TcpStream;
@@ -13,6 +13,7 @@ use crate::node::caps::Permit;
 use crate::node::codec::Decoder;
 use crate::node::entry::Entry;
 use crate::node::login::AppIndex;
+use crate::node::pages::WriteSpan;
 use crate::node::timeline::{Reader, Timeline};
 
 /// How many slices one vectored write takes.
@@ -78,6 +79,13 @@ pub struct Outgoing {
     pub begun: Option<(Arc<Entry>, usize)>,
     /// Then these bytes.
     pub then: Vec<u8>,
+}
+
+impl Outgoing {
+    /// The bytes of both.
+    fn bytes(&self) -> [&[u8]; 2] {
+        [self.begun.as_ref().map_or(&[], |(entry, sent)| &entry.frame[*sent..]), &self.then]
+    }
 }
 
 /// What has been received and is not complete.
@@ -152,7 +160,7 @@ impl<S> Session<S> {
     }
 }
 
-impl<S: Write> Session<S> {
+impl<S: WriteSpan> Session<S> {
     /// Sends what is waiting and then, if it is open, all of `timeline` after its cursor, until the socket takes no more.
     /// Counts into `delivered` the broadcasts that went out whole. What has expired by `now_ms` is left out, whenever that
     /// happens; only a frame that was begun is finished.
@@ -167,43 +175,40 @@ impl<S: Write> Session<S> {
     ) -> io::Result<Written> {
         let timeline = timeline.filter(|_| self.state == State::Open);
         loop {
-            let mut slices = [IoSlice::new(&[]); SLICES];
+            let now_ms = now_ms();
+            let before = self.outgoing.as_deref().map_or([&[][..]; 2], Outgoing::bytes);
+            let run = timeline.and_then(|timeline| timeline.run(self.reader(), now_ms)).filter(|run| !run.is_empty());
             let mut entries: [Option<&Arc<Entry>>; SLICES] = [None; SLICES];
             let mut count = 0;
-            if let Some(outgoing) = &self.outgoing {
-                if let Some((entry, sent)) = &outgoing.begun {
-                    slices[count] = IoSlice::new(&entry.frame[*sent..]);
+            let mut offered: usize = before.iter().map(|bytes| bytes.len()).sum();
+            let result = if let Some(run) = &run {
+                offered += run.span().len();
+                self.socket.write_span(before, run.span())
+            } else {
+                let mut slices = [IoSlice::new(&[]); SLICES];
+                for bytes in before.into_iter().filter(|bytes| !bytes.is_empty()) {
+                    slices[count] = IoSlice::new(bytes);
                     count += 1;
                 }
-                if !outgoing.then.is_empty() {
-                    slices[count] = IoSlice::new(&outgoing.then);
-                    count += 1;
-                }
-            }
-            let first = count;
-            let now_ms = now_ms();
-            let run = timeline.and_then(|timeline| timeline.run(self.reader(), now_ms)).filter(|run| !run.is_empty());
-            if let Some(run) = &run {
-                slices[count] = IoSlice::new(run.bytes());
-                count += 1;
-            } else if let Some(timeline) = timeline {
-                for entry in timeline.after(self.reader(), now_ms).take(SLICES - first) {
-                    slices[count] = IoSlice::new(&entry.frame);
-                    entries[count] = Some(entry);
-                    count += 1;
-                }
-            }
-            if count == 0 {
                 if let Some(timeline) = timeline {
-                    self.cursor = self.cursor.max(timeline.last());
+                    for entry in timeline.after(self.reader(), now_ms).take(SLICES - count) {
+                        slices[count] = IoSlice::new(&entry.frame);
+                        entries[count] = Some(entry);
+                        offered += entry.frame.len();
+                        count += 1;
+                    }
                 }
-                self.outgoing = None;
-                return Ok(Written::All);
-            }
-            let offered: usize = slices[..count].iter().map(|slice| slice.len()).sum();
-            let result = match &slices[..count] {
-                [one] => self.socket.write(one),
-                several => self.socket.write_vectored(several),
+                match &slices[..count] {
+                    [] => {
+                        if let Some(timeline) = timeline {
+                            self.cursor = self.cursor.max(timeline.last());
+                        }
+                        self.outgoing = None;
+                        return Ok(Written::All);
+                    }
+                    [one] => self.socket.write(one),
+                    several => self.socket.write_vectored(several),
+                }
             };
             let mut sent = match result {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),

@@ -1,7 +1,7 @@
 //! Delivery: a live broadcast is one sweep over the sessions of its app.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,6 +15,7 @@ use crate::broadcast::platform::Platform;
 use crate::failpoint;
 use crate::node::entry::Entry;
 use crate::node::login::AppIndex;
+use crate::node::pages::WriteSpan;
 use crate::node::timeline::{Reader, Timeline};
 
 /// How many sessions are swept before logins and pongs have their turn.
@@ -105,7 +106,7 @@ pub enum Next {
 }
 
 /// Sends an open session what it has not had, if that goes out in one piece.
-pub fn offer<S: Write>(
+pub fn offer<S: WriteSpan>(
     session: &mut Session<S>,
     timeline: &Timeline,
     batches: &mut Vec<Batch>,

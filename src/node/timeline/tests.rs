@@ -292,7 +292,7 @@ proptest! {
             timeline.join_backlog(at, NOW);
             if let Some(run) = timeline.run(at, NOW) {
                 let frames = timeline.after(at, NOW).take_while(|entry| entry.id <= at.login_head);
-                prop_assert_eq!(run.bytes(), frames.flat_map(|entry| entry.frame.iter().copied()).collect::<Vec<_>>());
+                prop_assert_eq!(&*run.span().bytes().unwrap(), frames.flat_map(|entry| entry.frame.iter().copied()).collect::<Vec<_>>());
             }
             let part = ids(timeline.after(at, NOW).take(count));
             at.cursor = part.last().copied().unwrap_or(at.cursor);
@@ -313,7 +313,7 @@ fn what_is_in_one_piece_is_what_is_retained_now() {
         timeline.join_backlog(reader, NOW);
         let run = timeline.run(reader, NOW).expect("put together");
         let frames: Vec<u8> = timeline.after(reader, NOW).flat_map(|entry| entry.frame.iter().copied()).collect();
-        assert_eq!(run.bytes(), frames);
+        assert_eq!(&*run.span().bytes().unwrap(), frames);
         assert_eq!(timeline.admit(0, Platform::Web, NOW, 60_000).1, run.len());
         (is_kept, run.len())
     };
