@@ -22,6 +22,7 @@ use crate::ledger::Ledger;
 use crate::ledger::embedded::{EmbeddedLedger, system_clock};
 use crate::ledger::redis::RedisLedger;
 use crate::metrics::Metrics;
+use crate::node::pages::MOST_FILES;
 use crate::node::{self, Node, NodeSettings};
 use crate::settings::{DrainSettings, Settings, SettingsError};
 use crate::worker::Worker;
@@ -149,12 +150,12 @@ async fn start(
     metrics: &Metrics,
     stop: &CancellationToken,
 ) -> anyhow::Result<Running> {
+    survive_the_file_size_limit()?;
     match role {
         Role::Api => start_api(settings, directory, metrics, stop),
         Role::Worker => Ok(start_worker(settings, directory, metrics, stop)),
         Role::Node => start_node(settings, &directory, metrics, stop),
         Role::Standalone => {
-            survive_the_file_size_limit()?;
             let ledger = EmbeddedLedger::open(&settings.embedded, settings.ledger, system_clock())?;
             start_standalone(settings, directory, Arc::new(ledger), metrics, stop)
         }
@@ -276,7 +277,7 @@ fn survive_the_file_size_limit() -> anyhow::Result<()> {
 /// seconds apart. The system caps it (`net.core.somaxconn`, usually 4096).
 const BACKLOG: i32 = 65_535;
 
-/// Descriptors that are not for devices: listeners, Redis, files, and what is retained (128 at most, `node/pages.rs`).
+/// Descriptors that are not for devices: Redis, files.
 const RESERVED_DESCRIPTORS: u64 = 256;
 
 /// Descriptors of HTTP connections, where devices share a port with them: served, being refused, waiting to be taken over. The node
@@ -297,6 +298,8 @@ pub fn raise_descriptor_limit() {
 
 /// No more connections than the descriptors allow: a node that is full says 503, one without descriptors says nothing.
 fn bound_sessions(mut settings: NodeSettings, reserved: u64) -> NodeSettings {
+    // A shard has a listener, a poll and a bell.
+    let reserved = reserved + 3 * settings.shard_count() as u64 + MOST_FILES as u64;
     let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current else { return settings };
     let room = room_for_devices(limit, reserved);
     if settings.max_sessions > room {

@@ -61,7 +61,7 @@ impl Backlog {
         self.expires_ms <= now_ms
     }
 
-    /// Those after `cursor` up to `login_head`, if all of them are for the device.
+    /// Those after `cursor` up to `login_head`, if all of them are for the device, and it saves anything.
     #[must_use]
     pub fn run(
         &self,
@@ -77,6 +77,9 @@ impl Backlog {
         let to = self.ids.partition_point(|id| *id <= login_head).max(from);
         let end = |count: usize| count.checked_sub(1).and_then(|last| self.ends.get(last)).copied().unwrap_or(0);
         let start = end(from);
+        if self.frames.is_dear(end(to) - start) {
+            return None;
+        }
         Some(Run {
             entries: self.entries.get(from..to)?,
             ends: self.ends.get(from..to)?,

@@ -8,7 +8,6 @@ use std::io::{self, IoSlice, Write};
 use self::file::File;
 
 /// Fewer bytes are copied sooner than referred to: see ARCHITECTURE.md.
-#[cfg(target_os = "linux")]
 const LEAST_BYTES: usize = 64 * 1024;
 
 /// So many files in memory, in all; beyond it bytes are copied. Each takes a descriptor that is not for devices.
@@ -35,10 +34,11 @@ pub struct Span<'a> {
 
 /// A stream that what is retained is written to.
 pub trait WriteSpan: Write {
-    /// Writes `before`, which may be nothing, and then the span: as much as it takes now. Returns how many bytes of both together.
+    /// Writes `before`, which may be nothing, and then the span: as much as it takes now. Returns how many bytes of both together;
+    /// fewer than there are do not mean that it would take no more.
     ///
     /// # Errors
-    /// Those of [`Write::write_vectored`]; after some bytes were taken, none: they come with the next call.
+    /// Those of [`Write::write_vectored`]; none after some bytes were taken: the next call has it, if it lasts.
     fn write_span(&mut self, before: [&[u8]; 2], span: Span<'_>) -> io::Result<usize> {
         write_copy(self, before, span)
     }
@@ -64,6 +64,12 @@ impl Pages {
             return Self(Store::File(file));
         }
         Self(Store::Bytes(bytes))
+    }
+
+    /// Whether so many of them are sent sooner one slice after the other, as what is referred to costs more to begin with.
+    #[must_use]
+    pub fn is_dear(&self, len: usize) -> bool {
+        len < LEAST_BYTES && !matches!(self.0, Store::Bytes(_))
     }
 
     /// The bytes from `start` to `end`, if there are so many.
@@ -105,7 +111,7 @@ impl<'a> Span<'a> {
 mod file {
     use std::io;
     use std::os::fd::OwnedFd;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     use mio::net::TcpStream;
     use rustix::fs::{MemfdFlags, SealFlags};
@@ -115,6 +121,9 @@ mod file {
     use super::{MOST_FILES, Span, Store, WriteSpan, write_copy};
 
     static FILES: AtomicUsize = AtomicUsize::new(0);
+
+    /// The system does not send files to sockets.
+    static REFUSED: AtomicBool = AtomicBool::new(false);
 
     /// A file in memory that nobody can change any more: sockets refer to its pages long after they were sent.
     #[derive(Debug)]
@@ -144,6 +153,9 @@ mod file {
     impl File {
         /// `None` where the system has none for us, or there are too many.
         pub fn of(bytes: &[u8]) -> Option<Self> {
+            if REFUSED.load(Ordering::Relaxed) {
+                return None;
+            }
             let place = Place::take()?;
             let create = |flags| rustix::fs::memfd_create("broadcastd-retained", MemfdFlags::CLOEXEC | flags);
             // Linux before 6.3 does not know the first, which later ones want to be told.
@@ -204,8 +216,11 @@ mod file {
             let mut offset = span.start as u64;
             match rustix::fs::sendfile(&*self, &file.file, Some(&mut offset), span.len) {
                 Ok(count) => Ok(sent + count),
-                // A sandbox may not know this call.
+                // A sandbox may not know this call: from now on bytes are kept for copying.
                 Err(Errno::INVAL | Errno::NOSYS | Errno::PERM | Errno::ACCESS) => {
+                    if !REFUSED.swap(true, Ordering::Relaxed) {
+                        tracing::warn!("the system does not send files to sockets; what is retained is copied");
+                    }
                     match write_copy(self, [&[]; 2], span) {
                         Ok(count) => Ok(sent + count),
                         Err(error) => or_sent(sent, error),

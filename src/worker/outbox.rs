@@ -191,7 +191,15 @@ impl<'a> Outbox<'a> {
     }
 
     /// `DeadLetter`: the broker answered that it cannot take them.
+    ///
+    /// The first one alone: an error closes the channel, and what lapin still sends on it would end the whole connection.
     async fn try_dead_letter(&self, publisher: &Publisher, dead: &[(Item, Verdict)]) -> Result<(), SessionError> {
+        let (first, rest) = dead.split_at(dead.len().min(1));
+        self.publish_dead_letters(publisher, first).await?;
+        self.publish_dead_letters(publisher, rest).await
+    }
+
+    async fn publish_dead_letters(&self, publisher: &Publisher, dead: &[(Item, Verdict)]) -> Result<(), SessionError> {
         let failed = |error: lapin::Error| SessionError::DeadLetter(describe(&error));
         let name: ShortString = self.settings.dead_letter.as_str().into();
         let mut confirms = Vec::with_capacity(dead.len());

@@ -1,5 +1,5 @@
-//! Replies, on connections of their own: whatever one sender's `reply_to` does to such a connection costs the replies on it. The
-//! requests that are held, and the acknowledgements, know nothing of it. A new session has new ones.
+//! Replies, on connections of their own that last as long as the worker runs: whatever one sender's `reply_to` does to such a
+//! connection costs the replies on it. The requests that are held, and the acknowledgements, know nothing of it.
 //!
 //! Those by direct reply-to do not share one with the others. Brokers of 3.10 end the connection that publishes to a name whose
 //! node they do not know, and the name is the sender's to write. A node is known once a reply to a name of it was confirmed; until
@@ -21,6 +21,9 @@ use crate::metrics::Metrics;
 
 /// A connection that lasted so long was a working one: its end is a new incident.
 const LASTED: Duration = Duration::from_secs(30);
+
+/// How long a connection may take to answer at the start of a session.
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// No cluster has so many nodes.
 const MOST_KNOWN: usize = 1000;
@@ -86,11 +89,14 @@ impl Replies {
         }
     }
 
-    /// At the start of a session: new connections. What ended the session before may have swallowed these, too, and each would
-    /// find out by itself only at its next heartbeat. The one that most workers need is opened, so that no reply waits for it.
+    /// At the start of a session: what ended the one before may have swallowed these connections, too, and each would find that out
+    /// by itself only at its next heartbeat, seconds of lost replies later. One that does not answer is replaced; the one that most
+    /// workers need is opened, so that no reply waits for it.
     pub(super) async fn renew(&self) {
-        for lane in [&self.to_queues, &self.to_known, &self.to_others] {
-            lane.forget().await;
+        tokio::join!(self.to_queues.renew(), self.to_known.renew(), self.to_others.renew());
+        // The broker is there: who waits for another attempt need not. Not so `to_others`, whose names may end one after the other.
+        for lane in [&self.to_queues, &self.to_known] {
+            lane.opening.lock().await.succeeded();
         }
         // What went wrong is logged, and the next reply tries again.
         let _ = self.to_queues.line().await;
@@ -178,12 +184,18 @@ impl Lane {
         self.usable().is_some_and(|line| line.connection.status().blocked())
     }
 
-    /// The next reply opens a line at once. Nothing of a session that ended is on this one any more.
-    async fn forget(&self) {
-        // Nobody has this for long: who did went with the session.
-        let mut opening = self.opening.lock().await;
-        *self.current() = None;
-        opening.succeeded();
+    /// Lets a line go that does not answer.
+    async fn renew(&self) {
+        let Some(line) = self.current().clone() else { return };
+        if line.answers().await {
+            return;
+        }
+        tracing::warn!(connection = self.name, "it does not answer: replies get another one");
+        let mut current = self.current();
+        if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &line)) {
+            *current = None;
+        }
+        tokio::spawn(line.ended(Duration::from_secs(u64::from(self.settings.heartbeat_seconds)) * 3));
     }
 
     async fn line(self: &Arc<Self>) -> Result<Arc<Line>, Lost> {
@@ -221,8 +233,12 @@ impl Lane {
     async fn connect(&self) -> Result<Arc<Line>, Lost> {
         let open = async {
             let connection = connect(&self.settings, self.name).await?;
-            let publisher = Publisher::open(&connection).await.map_err(|error| describe(&error))?;
-            Ok::<_, String>((connection, publisher))
+            let publisher = tokio::time::timeout(
+                Duration::from_millis(self.settings.connect_timeout_ms),
+                Publisher::open(&connection),
+            );
+            let publisher = publisher.await.map_err(|_| "no answer in time".to_owned())?;
+            Ok::<_, String>((connection, publisher.map_err(|error| describe(&error))?))
         };
         let (connection, publisher) = open.await.map_err(|reason| {
             tracing::warn!(reason, connection = self.name, "replies are lost: the broker cannot be reached");
@@ -237,6 +253,25 @@ impl Lane {
 }
 
 impl Line {
+    /// Whether the broker answers on it. While it takes no publishes it may not, and is well all the same.
+    async fn answers(&self) -> bool {
+        let status = self.connection.status();
+        let asked = async { self.connection.create_channel().await?.close(200, "it answers".into()).await };
+        status.connected() && (status.blocked() || matches!(tokio::time::timeout(ANSWER, asked).await, Ok(Ok(()))))
+    }
+
+    /// Waits, but no longer than so, until its heartbeat has ended it: closed before that, lapin would wait for the broker's answer
+    /// for as long as the system's TCP does.
+    async fn ended(self: Arc<Self>, patience: Duration) {
+        let mut look = tokio::time::interval(ANSWER);
+        let ended = async {
+            while self.connection.status().connected() {
+                look.tick().await;
+            }
+        };
+        let _ = tokio::time::timeout(patience, ended).await;
+    }
+
     async fn send(&self, reply: Reply) -> Result<(), Lost> {
         if self.connection.status().blocked() {
             return Err(Lost::Blocked);

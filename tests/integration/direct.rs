@@ -20,7 +20,7 @@ use crate::support::{SOON, until};
 const PREFIX: &str = "amq.rabbitmq.reply-to";
 
 /// A backend that reads its replies through direct reply-to, one at a time.
-struct Asker {
+pub struct Asker {
     channel: Channel,
     replies: Consumer,
     // Its end would be the end of the channel.
@@ -28,7 +28,7 @@ struct Asker {
 }
 
 impl Asker {
-    async fn connect(url: &str) -> Self {
+    pub async fn connect(url: &str) -> Self {
         let url = as_user(url, ADMINISTRATOR);
         let connection = Connection::connect(&url, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
@@ -38,7 +38,7 @@ impl Asker {
         Self { channel, replies, _connection: connection }
     }
 
-    async fn ask(&mut self, request: &Value) -> Value {
+    pub async fn ask(&mut self, request: &Value) -> Value {
         let properties = BasicProperties::default().with_reply_to(PREFIX.into()).with_correlation_id("c".into());
         let (options, body) = (BasicPublishOptions::default(), request.to_string());
         let sent =

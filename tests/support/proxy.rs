@@ -15,8 +15,9 @@ pub enum Weather {
     Fair,
     /// Takes connections and bytes, and passes nothing on: no RST, no FIN. What was taken is passed on when it clears up.
     BlackHole,
-    /// The same for one connection, by its number in the order of arrival, from 0; everything else passes.
-    BlackHoleOf(usize),
+    /// The same for some connections, from the first to the last of them by their number in the order of arrival, from 0;
+    /// everything else passes.
+    BlackHoleOf(usize, usize),
     /// Passes on what clients send; what servers answer is swallowed until it clears up.
     AnswersLost,
     /// Closes every connection with a reset, and each new one too.
@@ -123,7 +124,7 @@ async fn pass(
             let piece = match now {
                 // Cut: what was held back must not slip through before the connection is gone.
                 Weather::BlackHole | Weather::Cut => 0,
-                Weather::BlackHoleOf(swallowed) if number == swallowed => 0,
+                Weather::BlackHoleOf(first, last) if (first..=last).contains(&number) => 0,
                 Weather::AnswersLost if way == Way::ToClient => 0,
                 Weather::Slice(size) => size.min(rest.len()),
                 _ => rest.len(),

@@ -252,7 +252,7 @@ fn cases(runtime: &Runtime, devices: usize, only: &[String]) {
 }
 
 /// A login that is given 100 broadcasts of 1 KiB: what that costs above one without, against the CPU that the kernel takes to
-/// send as many bytes to who has just connected, by the clock of the thread that does. A tenth of the devices come to each server
+/// send as many bytes from a buffer to who has just connected, by the clock of the thread that does. A tenth of the devices come to each server
 /// in turn, and leave: the machine drifts.
 fn retained(runtime: &Runtime, devices: usize) {
     const GIVEN: u32 = 100;
@@ -286,7 +286,7 @@ fn retained(runtime: &Runtime, devices: usize) {
     let [with, without, kernel] = costs.map(median);
     println!(
         "| login with {GIVEN} retained of 1 KiB: CPU above one without ({:.0} and {:.0} µs) | {:.0} µs | {:.0} µs in the kernel to \
-         send as many bytes | {:.2} |",
+         send as many bytes from a buffer | {:.2} |",
         micros(with),
         micros(without),
         micros(mine),

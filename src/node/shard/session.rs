@@ -217,7 +217,8 @@ impl<S: WriteSpan> Session<S> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
-            let is_full = sent < offered;
+            // A span may be taken in part by a socket that has room.
+            let is_full = sent < offered && run.is_none();
             sent -= self.sent_waiting(sent, delivered);
             if let Some(run) = run {
                 self.sent_of_run(&run, sent, delivered);
