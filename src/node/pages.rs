@@ -271,8 +271,8 @@ mod tests {
     #[test]
     fn a_socket_is_given_what_comes_before_and_the_span_in_as_many_parts_as_it_takes() {
         let long = bytes(300_000);
-        let befores: [[&[u8]; 2]; 3] = [[b"first", b"second"], [b"", b"second"], [&long, &long[7..]]];
-        for (len, before) in [1000, 200_000].into_iter().flat_map(|len| befores.map(|before| (len, before))) {
+        let beginnings: [[&[u8]; 2]; 3] = [[b"first", b"second"], [b"", b"second"], [&long, &long[7..]]];
+        for (len, before) in [1000, 200_000].into_iter().flat_map(|len| beginnings.map(|before| (len, before))) {
             let (mut ours, mut theirs) = socket();
             let all = bytes(len);
             let pages = Pages::new(all.clone());
