@@ -298,10 +298,11 @@ pub fn raise_descriptor_limit() {
 
 /// No more connections than the descriptors allow: a node that is full says 503, one without descriptors says nothing.
 fn bound_sessions(mut settings: NodeSettings, reserved: u64) -> NodeSettings {
-    // A shard has a listener, a poll and a bell.
-    let reserved = reserved + 3 * settings.shard_count() as u64 + MOST_FILES as u64;
+    // A shard has a listener, a poll and a bell. What is retained can do without files.
+    let shards = 3 * settings.shard_count() as u64;
+    let (needed, reserved) = (RESERVED_DESCRIPTORS + shards, reserved + shards + MOST_FILES as u64);
     let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current else { return settings };
-    let room = room_for_devices(limit, reserved);
+    let room = room_for_devices(limit, reserved, needed);
     if settings.max_sessions > room {
         tracing::info!(limit, max_sessions = room, "the limit of open files bounds the connections");
         settings.max_sessions = room;
@@ -310,9 +311,9 @@ fn bound_sessions(mut settings: NodeSettings, reserved: u64) -> NodeSettings {
 }
 
 /// How many devices a limit of open files leaves room for. A low one is shared: half of it is theirs, as long as the rest is enough
-/// for what must be open.
-fn room_for_devices(limit: u64, reserved: u64) -> usize {
-    let left = limit.saturating_sub(reserved).max((limit / 2).min(limit.saturating_sub(RESERVED_DESCRIPTORS)));
+/// for what must be open (`needed`).
+fn room_for_devices(limit: u64, reserved: u64, needed: u64) -> usize {
+    let left = limit.saturating_sub(reserved).max((limit / 2).min(limit.saturating_sub(needed)));
     usize::try_from(left.max(1)).unwrap_or(usize::MAX)
 }
 
@@ -341,9 +342,19 @@ mod tests {
         let standalone = RESERVED_DESCRIPTORS + HTTP_DESCRIPTORS;
         assert!(standalone >= 256 + 2048 + 64);
         for limit in [8192, 65_536, 1 << 20] {
-            assert_eq!(room_for_devices(limit, standalone) as u64, limit - standalone, "{limit}");
-            assert_eq!(room_for_devices(limit, RESERVED_DESCRIPTORS) as u64, limit - RESERVED_DESCRIPTORS, "{limit}");
+            assert_eq!(room_for_devices(limit, standalone, RESERVED_DESCRIPTORS) as u64, limit - standalone, "{limit}");
+            assert_eq!(
+                room_for_devices(limit, RESERVED_DESCRIPTORS, RESERVED_DESCRIPTORS) as u64,
+                limit - RESERVED_DESCRIPTORS,
+                "{limit}"
+            );
         }
-        assert_eq!([100, 300, 1024, 4096].map(|limit| room_for_devices(limit, standalone)), [1, 44, 512, 2048]);
+        assert_eq!(
+            [100, 300, 1024, 4096].map(|limit| room_for_devices(limit, standalone, RESERVED_DESCRIPTORS)),
+            [1, 44, 512, 2048]
+        );
+        // 64 shards need 192 more.
+        let needed = RESERVED_DESCRIPTORS + 192;
+        assert_eq!([512, 1024].map(|limit| room_for_devices(limit, needed + 128, needed)), [64, 512]);
     }
 }

@@ -35,7 +35,7 @@ pub struct Span<'a> {
 /// A stream that what is retained is written to.
 pub trait WriteSpan: Write {
     /// Writes `before`, which may be nothing, and then the span: as much as it takes now. Returns how many bytes of both together;
-    /// fewer than there are do not mean that it would take no more.
+    /// of a file, fewer than there are do not mean that it would take no more.
     ///
     /// # Errors
     /// Those of [`Write::write_vectored`]; none after some bytes were taken: the next call has it, if it lasts.
@@ -69,7 +69,11 @@ impl Pages {
     /// Whether so many of them are sent sooner one slice after the other, as what is referred to costs more to begin with.
     #[must_use]
     pub fn is_dear(&self, len: usize) -> bool {
-        len < LEAST_BYTES && !matches!(self.0, Store::Bytes(_))
+        len < LEAST_BYTES && self.is_file()
+    }
+
+    const fn is_file(&self) -> bool {
+        !matches!(self.0, Store::Bytes(_))
     }
 
     /// The bytes from `start` to `end`, if there are so many.
@@ -89,6 +93,12 @@ impl<'a> Span<'a> {
     #[must_use]
     pub const fn len(&self) -> usize {
         self.len
+    }
+
+    /// Whether a socket that has room may take only a part of it.
+    #[must_use]
+    pub const fn is_file(&self) -> bool {
+        self.pages.is_file()
     }
 
     /// The bytes.

@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 const LASTED: Duration = Duration::from_secs(30);
 
 /// How long a connection may take to answer at the start of a session.
-const ANSWER: Duration = Duration::from_secs(1);
+const ANSWER: Duration = Duration::from_secs(3);
 
 /// No cluster has so many nodes.
 const MOST_KNOWN: usize = 1000;
@@ -186,7 +186,8 @@ impl Lane {
 
     /// Lets a line go that does not answer.
     async fn renew(&self) {
-        let Some(line) = self.current().clone() else { return };
+        // One that has ended is replaced, and told of, by the next reply.
+        let Some(line) = self.usable() else { return };
         if line.answers().await {
             return;
         }
@@ -255,15 +256,14 @@ impl Lane {
 impl Line {
     /// Whether the broker answers on it. While it takes no publishes it may not, and is well all the same.
     async fn answers(&self) -> bool {
-        let status = self.connection.status();
         let asked = async { self.connection.create_channel().await?.close(200, "it answers".into()).await };
-        status.connected() && (status.blocked() || matches!(tokio::time::timeout(ANSWER, asked).await, Ok(Ok(()))))
+        self.connection.status().blocked() || matches!(tokio::time::timeout(ANSWER, asked).await, Ok(Ok(())))
     }
 
     /// Waits, but no longer than so, until its heartbeat has ended it: closed before that, lapin would wait for the broker's answer
     /// for as long as the system's TCP does.
     async fn ended(self: Arc<Self>, patience: Duration) {
-        let mut look = tokio::time::interval(ANSWER);
+        let mut look = tokio::time::interval(Duration::from_secs(1));
         let ended = async {
             while self.connection.status().connected() {
                 look.tick().await;

@@ -217,8 +217,7 @@ impl<S: WriteSpan> Session<S> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
-            // A span may be taken in part by a socket that has room.
-            let is_full = sent < offered && run.is_none();
+            let is_full = sent < offered && run.is_none_or(|run| !run.span().is_file());
             sent -= self.sent_waiting(sent, delivered);
             if let Some(run) = run {
                 self.sent_of_run(&run, sent, delivered);
