@@ -329,17 +329,16 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn many_bytes_are_a_file_that_nobody_can_change_and_there_are_not_too_many_of_them() {
-        let is_file = |pages: &Pages| matches!(pages.0, Store::File(_));
-        assert!(!is_file(&Pages::new(bytes(LEAST_BYTES - 1))));
+        assert!(!Pages::new(bytes(LEAST_BYTES - 1)).is_file());
         let Pages(Store::File(file)) = Pages::new(bytes(LEAST_BYTES)) else { panic!("copied") };
         assert!(file.is_sealed());
         drop(file);
         let many: Vec<Pages> = (0..MOST_FILES + 1).map(|_| Pages::new(bytes(LEAST_BYTES))).collect();
-        let files = many.iter().filter(|pages| is_file(pages)).count();
+        let files = many.iter().filter(|pages| pages.is_file()).count();
         // Other tests have some.
         assert!(files <= MOST_FILES && files > MOST_FILES / 2, "{files}");
         assert!(many.iter().all(|pages| *pages.span(0, LEAST_BYTES).unwrap().bytes().unwrap() == bytes(LEAST_BYTES)));
         drop(many);
-        assert!(is_file(&Pages::new(bytes(LEAST_BYTES))), "their places are free again");
+        assert!(Pages::new(bytes(LEAST_BYTES)).is_file(), "their places are free again");
     }
 }

@@ -316,6 +316,16 @@ async fn a_broker_behind_a_black_hole_is_noticed_by_the_heartbeat() {
     after_row(&stack).await.device(device.history(), Must::Everything, 0).unwrap();
 }
 
+/// Waits until a worker is ready in its session of this number.
+async fn in_session(worker: &mut Process, number: f64) {
+    until("a new session", SOON, async || match worker.metric("broadcastd_worker_sessions_total").await {
+        sessions if sessions >= number => Ok(()),
+        sessions => Err(sessions),
+    })
+    .await;
+    worker.wait_ready().await;
+}
+
 /// Row 15: what ended a session has most likely ended the worker's other connections too, and none of them has to find out by
 /// itself before the new session can tell verdicts.
 #[tokio::test]
@@ -338,24 +348,14 @@ async fn a_new_session_does_not_reply_over_what_the_hole_has_swallowed() {
     // In this order: requests, dead letters, replies, direct ones to new nodes, direct ones.
     proxy.weather(Weather::BlackHoleOf(2, 4));
     amqp.delete_queue("broadcast.requests").await;
-    until("a new session", SOON, async || match worker.metric("broadcastd_worker_sessions_total").await {
-        sessions if sessions >= 2.0 => Ok(()),
-        sessions => Err(sessions),
-    })
-    .await;
-    worker.wait_ready().await;
+    in_session(&mut worker, 2.0).await;
     amqp.accepted(&request(&app, "after")).await;
     assert_eq!(asker.ask(&request(&asked, "after, directly")).await["code"], 200);
     assert_eq!(worker.metric("broadcastd_replies_lost_total").await, 0.0);
     assert_eq!(worker.metric("broadcastd_reply_connections_total").await, 5.0);
     // A session that ends while they are well leaves them alone.
     amqp.delete_queue("broadcast.requests").await;
-    until("a third session", SOON, async || match worker.metric("broadcastd_worker_sessions_total").await {
-        sessions if sessions >= 3.0 => Ok(()),
-        sessions => Err(sessions),
-    })
-    .await;
-    worker.wait_ready().await;
+    in_session(&mut worker, 3.0).await;
     amqp.accepted(&request(&app, "with the same")).await;
     assert_eq!(worker.metric("broadcastd_reply_connections_total").await, 5.0);
     after_row(&Stack { apps: vec![app], ..stack }).await;

@@ -12,10 +12,10 @@ use std::net::IpAddr;
 use std::process::{ChildStdout, Command};
 use std::time::Duration;
 
-use broadcastd::command::bench::Figures;
 use broadcastd::command::bench::fleet::{Order, Plan};
 use broadcastd::command::bench::herd::Herd;
 use broadcastd::command::bench::server::{Server, Usage};
+use broadcastd::command::bench::{Figures, median};
 use tokio::runtime::Runtime;
 
 use self::ours::Case;
@@ -281,9 +281,9 @@ fn retained(runtime: &Runtime, devices: usize) {
             costs.iter_mut().zip(spent).for_each(|(costs, spent)| costs.push(spent / devices as u64));
         }
     }
-    let above = costs[0].iter().zip(&costs[1]).map(|(with, without)| with.saturating_sub(*without)).collect();
-    let mine = median(above);
-    let [with, without, kernel] = costs.map(median);
+    let above: Vec<u64> = costs[0].iter().zip(&costs[1]).map(|(with, without)| with.saturating_sub(*without)).collect();
+    let mine = median(&above).unwrap();
+    let [with, without, kernel] = costs.map(|costs| median(&costs).unwrap());
     println!(
         "| login with {GIVEN} retained of 1 KiB: CPU above one without ({:.0} and {:.0} µs) | {:.0} µs | {:.0} µs in the kernel to \
          send as many bytes from a buffer | {:.2} |",
@@ -293,11 +293,6 @@ fn retained(runtime: &Runtime, devices: usize) {
         micros(kernel),
         ratio(mine, kernel)
     );
-}
-
-fn median(mut values: Vec<u64>) -> u64 {
-    values.sort_unstable();
-    values[values.len() / 2]
 }
 
 /// A tenth of the devices stops reading: beside a node that has the others only.
@@ -397,7 +392,7 @@ fn cores(runtime: &Runtime, devices: usize) {
         }
     }
     #[allow(clippy::cast_precision_loss, reason = "for reading")]
-    let [one, two, one_loop, two_loops] = took.map(|nanos| devices as f64 * 1e9 / median(nanos) as f64);
+    let [one, two, one_loop, two_loops] = took.map(|nanos| devices as f64 * 1e9 / median(&nanos).unwrap() as f64);
     println!("| deliveries a second on two cores, nobody reading | {two:.0} | {one:.0} on one | {:.2} |", two / one);
     println!(
         "| … of the bare send loop, a process a core, in turn | {two_loops:.0} | {one_loop:.0} on one | {:.2} |",

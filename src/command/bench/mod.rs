@@ -311,7 +311,9 @@ fn percentile(values: &[u64], share: f64) -> u64 {
     sorted.get(index).copied().unwrap_or(0)
 }
 
-fn median(values: &[u64]) -> Option<u64> {
+/// The middle one, in any unit; `None` of none.
+#[must_use]
+pub fn median(values: &[u64]) -> Option<u64> {
     (!values.is_empty()).then(|| percentile(values, 0.5))
 }
 
